@@ -1,23 +1,17 @@
-"Gives setuptools what `settings.ini` says; `pyproject.toml` lists these fields as dynamic."
+"Hands setuptools the metadata of `settings.ini`: the fields that `pyproject.toml` lists as dynamic."
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import setup
 
 here = Path(__file__).parent
-cfg = ConfigParser(delimiters=['='])
-cfg.read(here/'settings.ini', encoding='utf-8')
-cfg = cfg['DEFAULT']
+ini = ConfigParser(delimiters=['='], interpolation=None)
+ini.read(here/'settings.ini', encoding='utf-8')
+cfg = ini['DEFAULT']
 
-setup(
-    version = cfg['version'],
-    description = cfg['description'],
-    long_description = (here/'README.md').read_text(encoding='utf-8'),
-    long_description_content_type = 'text/markdown',
-    author = cfg['author'],
-    license_expression = cfg['license'],
-    keywords = cfg['keywords'].split(),
-    url = cfg['url'],
-    python_requires = cfg['python'],
-    install_requires = cfg['requirements'].split(),
-    extras_require = {k: cfg[f'{k}_requirements'].split() for k in ('dev', 'bench')},
-    entry_points = {'console_scripts': cfg['console_scripts'].split()})
+setup(version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'].split(), author=cfg['author'],
+    long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
+    license_expression=cfg['license'], project_urls={'Repository': cfg['url']},
+    classifiers=cfg['classifiers'].strip().splitlines(), python_requires=cfg['python'],
+    install_requires=cfg['requirements'].split(),
+    extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev', 'bench')},
+    entry_points={'console_scripts': cfg['scripts'].split()})

@@ -1,0 +1,63 @@
+PYTHON ?= python3
+JOBS ?= 2
+BIN := .venv/bin
+READY := .venv/.ready
+STYLED := $(wildcard fasterfold nbs tests benchmarks docs setup.py)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-nbs test-py docs zoo bench export readme style dist clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+# Set up again only if the requirements may have changed
+$(READY): settings.ini setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3,10))' || \
+		{ echo 'fasterfold needs Python 3.10 or newer: make PYTHON=python3.12 ...' >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+setup: $(READY) ## Make .venv with fasterfold and its development tools in it
+
+demo: $(READY) ## Train a small learner, fold it, report (pass options in ARGS)
+	$(BIN)/fasterfold demo $(ARGS)
+
+# The tests run side by side: one thread each
+test-nbs test-py: export OMP_NUM_THREADS := 1
+
+test: test-nbs test-py ## Run all tests: those of the notebooks, then those in tests/
+
+test-nbs: $(READY)
+	$(BIN)/nbdev-test --n_workers $(JOBS)
+
+test-py: $(READY)
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+docs: $(READY) ## Build the site into docs/_build
+	$(BIN)/python docs/build.py $(ARGS)
+
+zoo: $(READY) ## Fold model zoos, side by side with other tools
+	$(BIN)/python benchmarks/zoo.py $(ARGS)
+
+bench: $(READY) ## Measure latency, side by side with other tools and engines
+	$(BIN)/python benchmarks/latency.py $(ARGS)
+
+export: $(READY) ## Write fasterfold/*.py from the notebooks, and clean these
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-clean
+
+readme: $(READY) ## Write README.md from nbs/index.ipynb
+	$(BIN)/python docs/readme.py
+
+style: $(READY) ## Check the style of code and notebooks
+	$(BIN)/chkstyle $(STYLED)
+
+dist: $(READY) ## Build the wheel and the source distribution into dist/
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
+clean: ## Remove what was built, the environment aside
+	rm -rf build dist *.egg-info _proc docs/_build .pytest_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
