@@ -2,7 +2,8 @@ PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
-STYLED := $(wildcard fasterfold nbs tests benchmarks docs setup.py)
+PEERS := .venv/.ready-peers
+STYLED := $(wildcard fasterfold nbs tests benchmarks docs)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-nbs test-py docs zoo bench export readme style dist clean
@@ -16,6 +17,10 @@ $(READY): settings.ini setup.py pyproject.toml
 		{ echo 'fasterfold needs Python 3.10 or newer: make PYTHON=python3.12 ...' >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+$(PEERS): $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev,bench]'
 	@touch $@
 
 setup: $(READY) ## Make .venv with fasterfold and its development tools in it
@@ -37,10 +42,10 @@ test-py: $(READY)
 docs: $(READY) ## Build the site into docs/_build
 	$(BIN)/python docs/build.py $(ARGS)
 
-zoo: $(READY) ## Fold model zoos, side by side with other tools
+zoo: $(PEERS) ## Fold model zoos, side by side with other tools
 	$(BIN)/python benchmarks/zoo.py $(ARGS)
 
-bench: $(READY) ## Measure latency, side by side with other tools and engines
+bench: $(PEERS) ## Measure latency, side by side with other tools and engines
 	$(BIN)/python benchmarks/latency.py $(ARGS)
 
 export: $(READY) ## Write fasterfold/*.py from the notebooks, and clean these
