@@ -34,7 +34,7 @@ test-nbs test-py: export OMP_NUM_THREADS := 1
 test: test-nbs test-py ## Run all tests: those of the notebooks, then those in tests/
 
 test-nbs: $(READY)
-	$(BIN)/nbdev-test --n_workers $(JOBS)
+	$(BIN)/nbdev-test --n-workers $(JOBS)
 
 test-py: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
