@@ -1,0 +1,81 @@
+"The tools that fold batch normalization, ours among them, each behind the same small function."
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+from typing import Callable
+import warnings
+
+import torch
+from torch import nn
+
+__all__ = ['peers', 'Peer', 'load_peers']
+
+@dataclass
+class Peer:
+    "A folding tool: what to call, and which release of it is called"
+    name:str      # What the tables call it
+    version:str   # Release of the package it comes from
+    fold:Callable # `fold(model, sample)` with `model` in eval and `sample` a tuple of arguments: the folded model, and the (norm, reason, calls) it kept where the tool says so
+
+peers = {} # name -> (distribution it comes from, function that imports it and returns its `fold`)
+
+def peer(
+    name:str, # What the tables call it
+    dist:str, # Distribution that has its version
+):
+    "Register the decorated importer as a tool"
+    def _register(f):
+        peers[name] = dist,f
+        return f
+    return _register
+
+@peer('fasterai', 'fasterai')
+def _fasterai():
+    from fasterai.misc.bn_folding import BN_Folder
+    return lambda model, sample: (BN_Folder().fold(model), [])
+
+@peer('torch.fx', 'torch')
+def _fx():
+    from torch.fx.experimental.optimization import fuse
+    return lambda model, sample: (fuse(model), [])
+
+@peer('aimet', 'aimet-torch')
+def _aimet():
+    from aimet_torch.batch_norm_fold import fold_all_batch_norms
+    def _fold(model, sample):
+        # Works in place. Its shapes only serve to make up an input, and it has been given one.
+        fold_all_batch_norms(model, None, dummy_input=sample)
+        return model,[]
+    return _fold
+
+@peer('fasterfold', 'fasterfold')
+def _fasterfold():
+    BN_Folder = import_module('fasterfold.fold').BN_Folder
+    def _fold(model, sample):
+        folder = BN_Folder()
+        return folder.fold(model, sample), [(o.norm,o.reason,o.calls) for o in folder.result.kept]
+    return _fold
+
+class _Small(nn.Module):
+    "One foldable norm of each common kind, to get a tool's first-use imports out of the way"
+    def __init__(self):
+        super().__init__()
+        self.conv,self.bn,self.fc = nn.Conv2d(3, 4, 3),nn.BatchNorm2d(4),nn.Linear(4, 2)
+    def forward(self, x): return self.fc(self.bn(self.conv(x)).mean((2,3)))
+
+def load_peers(
+    names:list, # Keys of `peers`
+) -> dict: # name -> `Peer`
+    "Import the tools called `names` and warm each up, so that later timings hold no imports"
+    res = {}
+    for name in names:
+        if name not in peers: raise SystemExit(f"No tool is called {name!r}: choose among {', '.join(peers)}")
+        dist,importer = peers[name]
+        try: fold = importer()
+        except ImportError as e:
+            raise SystemExit(f"{name} cannot be imported ({e}): install the tools to compare with, pip install -e '.[bench]'") from e
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter('ignore')
+            fold(_Small().eval(), (torch.randn(2, 3, 8, 8),))
+        res[name] = Peer(name, version(dist), fold)
+    return res
