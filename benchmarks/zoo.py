@@ -285,7 +285,7 @@ def fold_with(
     res = {o: r[o] for o in ('seconds','norms','error','kept') if r[o]!=[]}
     if r['same']: return dict(outcome='right', **res)
     r = _fold(torch.float64)
-    if 'over' in r: return dict(outcome='over', over=r['over'])
+    if 'over' in r: return dict(outcome='over', over=r['over'], dtype='float64')
     if 'crash' in r: return dict(outcome='crash', dtype='float64', **r)
     if r['norms']!=res['norms']: res.update(norms_float64=r['norms'], kept_float64=r['kept'])
     right = r['error'] is not None and r['error']<=wrong_above
@@ -412,7 +412,9 @@ def merge():
     def _row(m, tool, **kw): return dict(collection=m['collection'], name=m['name'], tool=tool, **kw)
     ahead = [_row(m, t, norms=m['norms'], left=_left(m, t), ours=_left(m, 'fasterfold')) for m in models for t in peers
         if 'fasterfold' in m['tools'] and _left(m, t)<_left(m, 'fasterfold')]
-    def _why(r): return r.get('crash') or r.get('over') or f"off by {_fmt(r['structural'], '.2g')} in float64"
+    def _why(r):
+        if r['outcome']=='wrong': return f"off by {_fmt(r['structural'], '.2g')} in float64"
+        return (r.get('crash') or r['over']) + (' (in float64)' if 'dtype' in r else '')
     failed = [_row(m, t, outcome=r['outcome'], why=_why(r)) for m in models for t,r in m['tools'].items() if r['outcome']!='right']
     head = dict(releases=releases, python=platform.python_version(), limits=dict(cpu_seconds=cpu_secs, gigabytes=gigabytes), wrong_above=wrong_above,
         summary=summarise(models), reasons=reasons, peers_ahead=ahead, failed=failed, unmeasured=unmeasured)
