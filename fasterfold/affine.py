@@ -12,15 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# %% ../nbs/00_affine.ipynb #a2774489
+# %% ../nbs/00_affine.ipynb #cdd90111
 def collapse(
     t:Tensor, # Any tensor
 )->Tensor: # The same numbers, with size 1 in every dimension along which they do not change
     "Shrink to size 1 every dimension along which `t` is constant."
     for d,n in enumerate(t.shape):
-        if n>1:
-            first = t.narrow(d, 0, 1)
-            if t.stride(d)==0 or bool((t==first).all()): t = first
+        if n>1 and (t.stride(d)==0 or bool((t==(first:=t.narrow(d, 0, 1))).all())): t = t.narrow(d, 0, 1)
     return t
 
 # %% ../nbs/00_affine.ipynb #cbfa7f6c
@@ -55,7 +53,7 @@ def reshape_map(
         for j in b: new[j] = to[j]
     return collapse(t.expand(full).reshape(new))
 
-# %% ../nbs/00_affine.ipynb #87e90211
+# %% ../nbs/00_affine.ipynb #5fb3af38
 @dataclass(frozen=True, eq=False)
 class Affine:
     "The map `y = scale*x + shift` of a value: float64, the value's rank, each dimension full or 1."
@@ -73,7 +71,9 @@ class Affine:
 
     def __post_init__(self): assert self.scale.dim()==self.shift.dim()
     def __repr__(self): return f"Affine(scale {tuple(self.scale.shape)}, shift {tuple(self.shift.shape)})"
-    def __call__(self, x): return x*self.scale.to(x) + self.shift.to(x)
+    def __call__(self, x):
+        y = x*self.scale
+        return y.add_(self.shift) if self.shifts else y
     def __matmul__(self, other): return Affine(self.scale*other.scale, self.scale*other.shift + self.shift).collapse()
     def __eq__(self, other): return isinstance(other, Affine) and self.rank==other.rank and _same(self.scale, other.scale) and _same(self.shift, other.shift)
     __hash__ = None

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Folded', 'Kept', 'FoldPlan', 'NormCall', 'norm_call', 'Planner', 'find_norms', 'plan_folds']
 
-# %% ../nbs/03_plan.ipynb #ae0be068
+# %% ../nbs/03_plan.ipynb #7a9a0f24
 import heapq, html
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -13,15 +13,15 @@ import torch
 from torch import nn, Tensor
 from .affine import Affine
 from .trace import Graph, Op, Value, Call, user_hooks
-from .rules import Blocked, Context, constant_map, pull_through, push_through
+from .rules import BESIDE, Blocked, Context, constant_map, pull_through, push_through, terms
 
-# %% ../nbs/03_plan.ipynb #2dfa8907
+# %% ../nbs/03_plan.ipynb #d5d398f0
 @dataclass
 class Folded:
     "A norm that goes away."
     norm:str # Its qualified name
     into:list # Names of the layers that take it up
-    direction:str # 'back' into what comes before, 'forward' into what comes after
+    direction:str # 'back' into what comes before, 'forward' into what comes after, 'beside' into a convolution of the same input
     calls:int = 1 # How often it ran
 
 @dataclass
@@ -108,7 +108,7 @@ def norm_call(
     if v is not call.out or y.shape!=x.shape or any(c.ops and c.ops[0].index<own[-1].index for c in call.children): return None
     return NormCall(call, x, y, set(call.ops), stay)
 
-# %% ../nbs/03_plan.ipynb #38d74055
+# %% ../nbs/03_plan.ipynb #4af81d9a
 class Planner:
     "The state of planning one traced model."
     def __init__(self,
@@ -188,7 +188,9 @@ class Planner:
                 if twins: raise Blocked(f"`{v.names[0]}` shares its memory with `{twins[0].names[0]}`")
                 edits[v] = a
             elif v.op is None: raise Blocked("it reads a tensor that is no parameter")
+            elif v.op in inside: raise Blocked("it runs on what it made before")
             else:
+                if len({self.rep(u) for u in v.op.inputs})<len(set(v.op.inputs)): raise Blocked(f"{v.op.label} reads it twice")
                 for u,m in pull_through(v.op, v, a, ctx): ask(u, m, v.op)
         return edits
 
@@ -198,14 +200,13 @@ class Planner:
         except Blocked: return False
         return not outs and not asks
 
-    def back(self, calls, side):
-        "The edits that fold the norm `calls` into what comes before."
-        ctx = Context(self.read, side)
-        return self.settle([(c.x, c.affine(ctx)) for c in calls], {}, {o for c in calls for o in c.ops}, ctx)
+    def back(self, calls, maps, side):
+        "The edits that fold the norm `calls`, which do `maps`, into what comes before."
+        return self.settle([(c.x,a) for c,a in zip(calls, maps)], {}, {o for c in calls for o in c.ops}, Context(self.read, side))
 
-    def forward(self, calls):
-        "The edits that fold the norm `calls` into what comes after."
-        ctx,inside = Context(self.read),{o for c in calls for o in c.ops}
+    def forward(self, calls, maps, side):
+        "The edits that fold the norm `calls`, which do `maps`, into what comes after."
+        ctx,inside = Context(self.read, side),{o for c in calls for o in c.ops}
         carry,met,asks,heap,seen = {},{},[],[],set()
         def bear(v, a):
             self._free(v)
@@ -213,7 +214,7 @@ class Planner:
             for o in self.users(v):
                 if o in inside: raise Blocked("it runs on what it made before")
                 if o not in seen: seen.add(o); heapq.heappush(heap, (o.index, o))
-        for c in calls: bear(c.y, c.affine(ctx))
+        for c,a in zip(calls, maps): bear(c.y, a)
         while heap:
             _,o = heapq.heappop(heap)
             outs,need = push_through(o, {u:carry[self.rep(u)] for u in o.inputs if self.rep(u) in carry}, ctx)
@@ -222,6 +223,60 @@ class Planner:
                 met.setdefault(o, {})[self.rep(v)] = a
                 asks.append((v,a))
         return self.settle(asks, met, set(), ctx)
+
+    def _add(self, v, a, x, reader, met, asks):
+        "Collect in `asks` what makes `v`, which only `reader` reads, become `v + a(x)`; `met` is as in `settle`."
+        v,why = self.rep(v),Blocked("nothing beside it can take it up")
+        if v.op is None or v.op.name not in BESIDE or self.users(v)!=[reader]: raise why
+        self._free(v)
+        for further,need in BESIDE[v.op.name](v.op, x, a, lambda u,v: self.rep(u) is self.rep(v)):
+            try:
+                for u,m in further: self._add(u, m, x, v.op, met, asks)
+                for u,m in need: met.setdefault(v.op, {})[self.rep(u)] = m
+                asks.extend(need)
+                return
+            except Blocked as e: why = e
+        raise why
+
+    def _sum(self, op, y):
+        "The other term of the sum `op` that reads or makes `y`, with the signs of both."
+        if op is None or op.name not in ('add','sub'): raise Blocked("nothing beside it can take it up")
+        (u,p),(v,q) = terms(op)
+        if y is not None and (not isinstance(u, Value) or self.rep(u) is not y): (u,p),(v,q) = (v,q),(u,p)
+        return u,p,v,q
+
+    def beside(self, calls, maps):
+        "The edits that fold the norm `calls`, which do `maps`, into convolutions of the same input that are added to them."
+        met,asks = {},[]
+        for c,a in zip(calls, maps):
+            y,v = self.rep(c.y),0
+            while not isinstance(v, Value) and v==0: # blocks start their sums with a 0
+                self._free(y)
+                users = self.users(y)
+                _,p,v,q = self._sum(users[0] if len(users)==1 else None, y)
+                if p==1 and not isinstance(v, Value) and v==0: y = users[0].out
+            if not isinstance(v, Value) or self.rep(v) is y or v.shape!=c.y.shape: raise Blocked("nothing beside it can take it up")
+            self._add(v, Affine((a.scale-1)*p/q, a.shift*p/q).collapse(), c.x, users[0], met, asks)
+        return self.settle(asks, met, set(), Context(self.read))
+
+    def around(self, calls, maps, side):
+        "The edits that fold the norm `calls`, which do `maps`, of a sum into one of its terms, where the other term is the input of a convolution in that one."
+        ctx,res = Context(self.read),{}
+        for c,a in zip(calls, maps):
+            y = self.rep(c.x)
+            self._free(y)
+            if set(self.users(y))-c.ops: raise Blocked("its input is read by others")
+            u,p,v,q = self._sum(y.op, None)
+            if side: u,p,v,q = v,q,u,p
+            if not isinstance(u, Value) or not isinstance(v, Value) or u is v or u.shape!=y.shape or v.shape!=y.shape or v.const: raise Blocked("it comes after a sum with a constant")
+            met,asks = {},[]
+            self._add(u, Affine((a.scale-1)*q/p, torch.zeros_like(a.shift)).collapse(), v, y.op, met, asks)
+            first = self.settle([(u,Affine(a.scale, a.shift/p))], {}, {y.op}, ctx)
+            then = self.settle(asks, met, set(), ctx)
+            for w,m in then.items(): first[w] = m@first[w] if w in first else m
+            if res.keys()&first.keys(): raise Blocked("it runs more than once")
+            res.update(first)
+        return res
 
     def _home(self, s): return self.homes.get(s, {s})
     def clash(self, calls):
@@ -249,14 +304,13 @@ class Planner:
             home = self._home(c.x.store)|self._home(c.y.store)
             for s in home: self.homes[s] = home
 
-# %% ../nbs/03_plan.ipynb #f7b586c0
+# %% ../nbs/03_plan.ipynb #5872534e
 def _fold_norm(planner, name, calls):
     "Fold the norm `name` with its `calls`; returns `Folded`, or raises `Blocked`."
-    ctx,m = Context(planner.read),calls[0].call.module
+    m,maps = calls[0].call.module,[c.affine(Context(planner.read)) for c in calls]
     if not name: raise Blocked("it is the whole model, and there is nothing around it to fold into" if name=='' else "it is no part of the model")
     for h in user_hooks(m): raise Blocked(f"a hook ({h}) watches it")
-    for c in calls:
-        if not c.affine(ctx).finite: raise Blocked("its statistics are not finite numbers")
+    if not all(a.finite for a in maps): raise Blocked("its statistics are not finite numbers")
     own = {id(t) for t in (*m.parameters(),*m.buffers())}
     inside = {o for c in calls for o in (*c.call.ops,*[o for k in c.call.children for o in k.ops])}
     for v in planner.graph.leaves:
@@ -264,9 +318,9 @@ def _fold_norm(planner, name, calls):
             for o in v.users:
                 if o not in inside: raise Blocked(f"its `{v.names[0].rpartition('.')[-1]}` is also read by {o.label}")
     reasons = []
-    for direction,attempt in (('back', lambda: planner.back(calls, 0)), ('back', lambda: planner.back(calls, -1)), ('forward', lambda: planner.forward(calls))):
+    for direction,attempt,*side in (('back',planner.back,0), ('back',planner.back,-1), ('forward',planner.forward,0), ('forward',planner.forward,-1), ('beside',planner.beside), ('beside',planner.around,0), ('beside',planner.around,-1)):
         try:
-            edits = attempt()
+            edits = attempt(calls, maps, *side)
             planner.clash(calls)
             planner.commit(name, calls, edits)
             into = dict.fromkeys(v.names[0].rpartition('.')[0] or v.names[0] for v in edits)
@@ -309,14 +363,18 @@ def plan_folds(
     planner,exclude = Planner(graph),exclude or {}
     norms,kept = find_norms(graph)
     plan = FoldPlan(kept=kept)
-    for m,calls in norms.items():
-        name = calls[0].call.name
-        try:
-            if name in exclude: raise Blocked(exclude[name])
-            plan.folded.append(_fold_norm(planner, name, calls))
-            plan.removed[m] = calls[0].stay
-        except Blocked as e:
-            block = _mergeable(graph, calls[0].call.parent)
-            plan.kept.append(Kept(name or '', f"{e} (`{block}` can merge its branches: try `merge_branches=True`)" if block and name not in exclude else str(e), len(calls)))
+    waiting,before,why = dict(norms),None,{}
+    while len(waiting)!=before: # a fold may clear the way for a norm that ran earlier
+        before = len(waiting)
+        for m,calls in list(waiting.items()):
+            name = calls[0].call.name
+            try:
+                if name in exclude: raise Blocked(exclude[name])
+                plan.folded.append(_fold_norm(planner, name, calls))
+                plan.removed[m] = waiting.pop(m)[0].stay
+            except Blocked as e: why[m] = str(e)
+    for m,calls in waiting.items():
+        name,block = calls[0].call.name,_mergeable(graph, calls[0].call.parent)
+        plan.kept.append(Kept(name or '', f"{why[m]} (`{block}` can merge its branches: try `merge_branches=True`)" if block and name not in exclude else why[m], len(calls)))
     plan.edits,plan.sources = planner.edits,planner.sources
     return plan
