@@ -1,0 +1,169 @@
+"Every kind of fastai learner, trained on small real data, folded, and used on."
+import copy, json, random, subprocess, sys, textwrap
+from functools import partial
+import matplotlib
+matplotlib.use('agg')
+import numpy as np, pytest, torch
+from fastai.callback.progress import CSVLogger,ProgressCallback
+from fastai.callback.tracker import EarlyStoppingCallback,SaveModelCallback
+from fastai.learner import load_learner
+from fastai.torch_core import set_seed
+from fastcore.basics import defaults
+from fasterfold.learner import FoldCallback,FoldedValidation
+from fasterfold.report import report
+from fasterfold.trace import FoldError
+from learners import KINDS,classes,plain,train,uses
+
+def norms(learn): return [m for m in learn.model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+
+@pytest.fixture
+def quick(monkeypatch):
+    "No progress bars, and latency measured for a moment only."
+    monkeypatch.setattr('fasterfold.learner.report', partial(report, seconds=.02))
+    monkeypatch.setattr(defaults, 'callbacks', [o for o in defaults.callbacks if o is not ProgressCallback])
+
+@pytest.mark.parametrize('name', KINDS)
+def test_kind(name, tmp_path, quick):
+    learn = train(KINDS[name], tmp_path)
+    before,model = classes(learn),learn.model
+    with learn.no_logging(): res = learn.fold()
+    assert learn.model is model and learn.opt is None
+    assert res.plan.folded
+    after = classes(learn)
+    if torch.is_tensor(before) and not before.is_floating_point(): assert torch.equal(before, after)
+    # the original's own rounding error is the measure for that of the folded model
+    r = res.rounding
+    assert r.folded <= 4*r.original + 4*torch.finfo(torch.float32).eps*r.scale, r
+    for k,(a,b) in res.metrics.items(): assert b==pytest.approx(a, rel=1e-4), k
+    assert 'valid_loss' in res.metrics and len(res.metrics)>1
+    with learn.no_logging(): uses(name, learn)
+
+def export_and_read(learn, path, tests, code):
+    "Run `code` on the exported learner in a process that cannot import fasterfold."
+    learn.export(path/'export.pkl')
+    block = f'''
+        import json, sys, warnings
+        warnings.simplefilter('ignore')
+        sys.modules['fasterfold'] = None # importing it raises
+        sys.path.insert(0, {str(tests)!r})
+        from fastai.learner import load_learner
+        learn = load_learner({str(path/'export.pkl')!r})
+        assert not any(k.startswith('fasterfold.') for k in sys.modules)
+    '''
+    done = subprocess.run([sys.executable, '-c', textwrap.dedent(block)+code], capture_output=True, text=True)
+    assert done.returncode==0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+@pytest.mark.parametrize('cbs', [(),(FoldCallback,FoldedValidation)])
+def test_export_needs_no_fasterfold(tmp_path, quick, request, cbs):
+    learn = KINDS['vision'](tmp_path)
+    learn.add_cbs(cbs)
+    with learn.no_logging(): learn.fit(1, 1e-3)
+    if not cbs: learn.fold_bn()
+    assert not norms(learn)
+    want = learn.predict(7)
+    got = export_and_read(learn, tmp_path, request.path.parent, 'p = learn.predict(7)\nprint(json.dumps([p[0],p[2].tolist()]))')
+    assert got[0]==want[0] and torch.allclose(torch.tensor(got[1]), want[2], rtol=1e-4)
+
+def test_load_learner_without_data(tmp_path, quick):
+    "Folds on an inferred sample, or on a given one."
+    for name,x in (('vision',torch.rand(4,3,32,32)),('tabular',None),('siamese',(torch.rand(3,3,32,32),torch.rand(3,3,32,32)))):
+        train(KINDS[name], tmp_path).export('export.pkl')
+        for sample in (None,x):
+            learn = load_learner(tmp_path/'export.pkl')
+            n = len(norms(learn))
+            if name=='siamese' and sample is None: # nobody can know that it takes two images
+                with pytest.raises(FoldError, match='sample='): learn.fold()
+                assert len(norms(learn))==n
+                continue
+            res = learn.fold(sample)
+            assert len(res.plan.folded)==n and not norms(learn) and not res.metrics
+            assert list(res.latency)[1]==f'batch of {dict(vision=4, siamese=3)[name] if sample is not None else 2}'
+            if name!='tabular': assert learn.predict(7)[0]==load_learner(tmp_path/'export.pkl').predict(7)[0]
+
+def state(learn): return {k:v.clone() for k,v in learn.model.state_dict().items()}
+
+def assert_same(a, b):
+    assert a.keys()==b.keys()
+    for k in a: assert torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])), k
+
+def test_interrupted_fold_is_undone(tmp_path, quick, monkeypatch):
+    learn = train(KINDS['plain_learner'], tmp_path)
+    before,opt = state(learn),learn.opt
+    def interrupt(*args, **kwargs): raise KeyboardInterrupt
+    monkeypatch.setattr('fasterfold.learner.report', interrupt)
+    with pytest.raises(KeyboardInterrupt): learn.fold()
+    assert_same(state(learn), before)
+    assert learn.opt is opt
+    with pytest.raises(ZeroDivisionError), learn.folded(): 1/0
+    assert_same(state(learn), before)
+    assert learn.opt is opt
+
+def test_unfit_sample_changes_nothing(tmp_path, quick):
+    learn = train(KINDS['plain_learner'], tmp_path)
+    before = state(learn)
+    for f in (learn.fold, learn.fold_bn, learn.fold_plan):
+        with pytest.raises(FoldError, match='sample'): f(torch.rand(2,5,8,8))
+    assert_same(state(learn), before)
+
+def random_states(): return random.getstate(),np.random.get_state()[1].tolist(),torch.get_rng_state().tolist()
+
+@pytest.mark.parametrize('name', ['vision','pytorch_loaders','tabular'])
+def test_data_does_not_notice(name, tmp_path, quick):
+    "Neither random numbers nor loops under way change when a learner takes its sample."
+    learn = KINDS[name](tmp_path)
+    def batches(interrupt):
+        set_seed(0)
+        for i,b in enumerate(learn.dls.train):
+            if i==1: interrupt()
+            yield b[0].clone()
+    def fold():
+        before = random_states()
+        learn.fold_plan()
+        with learn.folded(): pass
+        assert random_states()==before
+    if name!='pytorch_loaders': rng = learn.dls.train.rng.getstate()
+    want = list(batches(lambda: None))
+    if name!='pytorch_loaders': learn.dls.train.rng.setstate(rng)
+    assert all(torch.equal(a, b) for a,b in zip(batches(fold), want, strict=True))
+
+def test_validation_of_fold_keeps_training_callbacks_out(tmp_path, quick):
+    cb = SaveModelCallback(monitor='accuracy')
+    learn = plain(tmp_path, cbs=[cb,CSVLogger(tmp_path/'log.csv')])
+    with learn.no_logging(): learn.fit(2, 1e-2)
+    history,log,saved = list(learn.recorder.losses),(tmp_path/'log.csv').read_text(),(tmp_path/'models/model.pth').stat().st_mtime_ns
+    learn.fold()
+    assert learn.recorder.losses==history and cb in learn.cbs
+    assert (tmp_path/'log.csv').read_text()==log and (tmp_path/'models/model.pth').stat().st_mtime_ns==saved
+
+def test_fold_callback_folds_once_at_the_end(tmp_path, quick):
+    for fit in (lambda l,cb: l.fit(2, 1e-3, cbs=cb), lambda l,cb: l.fit_one_cycle(2, 1e-3, cbs=cb), lambda l,cb: l.fine_tune(1, 1e-3, cbs=cb)):
+        learn,cb = plain(tmp_path),FoldCallback()
+        with learn.no_logging(): fit(learn, cb)
+        assert len(cb.plan.folded)==3 and not norms(learn) and learn.opt is None
+    with learn.no_logging(): learn.fit(1, 1e-4) # and on, without norms
+
+def test_folded_validation_of_a_unet_in_half_precision(tmp_path, quick):
+    "Training is bit for bit that without the callback, also with others at work."
+    def run(*cbs):
+        set_seed(0, True)
+        learn = KINDS['unet'](tmp_path).to_fp16()
+        with learn.no_logging(): learn.fit_one_cycle(2, 1e-3, cbs=[*cbs, SaveModelCallback(monitor='train_loss', comp=np.less), EarlyStoppingCallback(monitor='train_loss')])
+        return learn
+    a,b = run(),run(FoldedValidation())
+    assert_same(state(a), state(b))
+    assert a.recorder.losses==b.recorder.losses
+    for p,q in zip(a.opt.all_params(), b.opt.all_params(), strict=True): assert_same(p[3], q[3])
+    for p,q in zip(a.recorder.values, b.recorder.values): assert q[1]==pytest.approx(p[1], rel=1e-4)
+
+def test_callbacks_survive_a_copy():
+    cb = copy.deepcopy(FoldCallback(channels_last=True))
+    assert isinstance(cb, FoldCallback) and cb.kwargs==dict(channels_last=True)
+
+def test_safetensors(tmp_path, quick):
+    from safetensors.torch import load_file,save_file
+    learn = train(KINDS['plain_learner'], tmp_path).fold_bn()
+    save_file(state(learn), tmp_path/'folded.safetensors')
+    new = KINDS['plain_learner'](tmp_path).fold_bn()
+    new.model.load_state_dict(load_file(tmp_path/'folded.safetensors'))
+    assert_same(state(new), state(learn))
