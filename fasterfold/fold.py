@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only, tree_flatten
 from .trace import FoldError, Graph, as_args, check_model, copy_model, infer_sample, preserved, tensors_of, trace
 from .plan import FoldPlan, Folded, Kept, Planner, plan_folds
 
-# %% ../nbs/04_fold.ipynb #e078911f
+# %% ../nbs/04_fold.ipynb #875bb6d6
 class Snapshot:
     "What is needed to give `model` back as it is now, bit for bit."
     def __init__(self,
@@ -25,17 +25,16 @@ class Snapshot:
     ):
         self.modules = [(m, m.__class__, dict(m.__dict__), {k:v.copy() for k,v in m.__dict__.items() if type(v) in (dict,set) or type(v).__name__=='OrderedDict'}) for m in model.modules()]
         self.grads = [(p, p.requires_grad) for p in model.parameters()]
-        self.saved,self.datas = [],[]
+        self.datas = []
 
-    def save(self, t):
-        "Keep a copy of the tensor `t`, which is about to be written to."
-        self.saved.append((t, t.detach().clone()))
+    def swap(self, t, new):
+        "Give the parameter or buffer `t` the contents `new`, and keep the old ones."
+        self.datas.append((t, t.data))
+        t.data = new
 
     def restore(self):
         "Undo every change since."
-        with torch.no_grad():
-            for p,data in self.datas: p.data = data
-            for t,old in reversed(self.saved): t.copy_(old)
+        for t,old in reversed(self.datas): t.data = old
         for m,cls,attrs,inner in self.modules:
             if m.__class__ is not cls: m.__class__ = cls
             m.__dict__.clear(); m.__dict__.update(attrs)
@@ -43,7 +42,7 @@ class Snapshot:
                 attrs[k].clear(); attrs[k].update(v)
         for p,grad in self.grads: p.requires_grad_(grad)
 
-# %% ../nbs/04_fold.ipynb #7668f130
+# %% ../nbs/04_fold.ipynb #1dbcd055
 def _rounded(t, dtype):
     "`t` in `dtype`, subnormals as zero."
     res,tiny = t.to(dtype),torch.finfo(dtype)
@@ -59,15 +58,13 @@ def _slot(model, v):
 def _write(model, snap, v, maps):
     m,name = _slot(model, v)
     p = m._parameters.get(name) if name in m._parameters else m._buffers.get(name)
-    ref = p if p is not None else next(q for q in (*m.parameters(),*m.buffers()) if q.is_floating_point())
+    ref = p if p is not None else next(q for q in (*m.parameters(),*m.buffers(),*model.parameters(),*model.buffers()) if q.is_floating_point())
     t = torch.full(v.shape, v.fill, dtype=torch.float64) if p is None else p.detach().cpu()
     for a in maps: t = a(t) # a product with float64 numbers is float64
     new = _rounded(t, ref.dtype)
     if not _finite(new) and _finite(t): raise OverflowError(v)
     if p is None: m._parameters[name] = nn.Parameter(new.to(ref.device), requires_grad=ref.requires_grad)
-    else:
-        snap.save(p)
-        with torch.no_grad(): p.copy_(new)
+    else: snap.swap(p, torch.empty_like(p).copy_(new) if new.stride()!=p.stride() else new.to(p.device))
 
 def apply_plan(
     model:nn.Module, # The traced model, or a copy of it
@@ -186,7 +183,7 @@ def other_sample(
         return u if not batch else u[:1] if n>1 else torch.cat([t,u])
     return tree_map_only(Tensor, other, sample)
 
-# %% ../nbs/04_fold.ipynb #86dc7598
+# %% ../nbs/04_fold.ipynb #8c08ce76
 _drop = re.compile('Drop|StochasticDepth')
 
 class BN_Folder:
@@ -332,8 +329,7 @@ class BN_Folder:
         auto = self.channels_last=='auto'
         before = seconds() if auto else None
         old = [(p, p.data) for p in target.parameters() if p.dim()==4]
-        for p,data in old: p.data = data.contiguous(memory_format=torch.channels_last)
+        for p,data in old: snap.swap(p, data.contiguous(memory_format=torch.channels_last))
         self.formats = dict(contiguous=before, channels_last=seconds()) if auto else {}
         if auto and self.formats['channels_last']>=before:
             for p,data in old: p.data = data
-        else: snap.datas = old

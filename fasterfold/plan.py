@@ -64,7 +64,7 @@ class FoldPlan:
         head = ''.join(f'<th style="text-align:left">{c}</th>' for c in ('norm','plan','into / because'))
         return f"<p>{html.escape(self.summary)}</p>" + (f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" if body else '')
 
-# %% ../nbs/03_plan.ipynb #31a1e3db
+# %% ../nbs/03_plan.ipynb #7e458550
 @dataclass(eq=False)
 class NormCall:
     "One call of a norm: `y = affine(x)`, then the children `stay`."
@@ -73,6 +73,16 @@ class NormCall:
     y:Value # What comes out, before any child that stays
     ops:set # The operations that disappear
     stay:list # Child modules that run on `y`
+    map:Affine = None # Its map before any fold
+
+    def leaves(self):
+        "The parameters and buffers that make its map."
+        todo,res = [v for o in self.ops for v in o.inputs if v.const],set()
+        while todo:
+            v = todo.pop()
+            if v.op is None: res.add(v)
+            else: todo += v.op.inputs
+        return res
 
     def affine(self, ctx):
         "The map with the weights as they are in `ctx`, None if these operations are no map. Raises `Blocked` if it is no fixed one."
@@ -304,10 +314,10 @@ class Planner:
             home = self._home(c.x.store)|self._home(c.y.store)
             for s in home: self.homes[s] = home
 
-# %% ../nbs/03_plan.ipynb #5872534e
+# %% ../nbs/03_plan.ipynb #dc2dae92
 def _fold_norm(planner, name, calls):
     "Fold the norm `name` with its `calls`; returns `Folded`, or raises `Blocked`."
-    m,maps = calls[0].call.module,[c.affine(Context(planner.read)) for c in calls]
+    m,maps = calls[0].call.module,[c.affine(Context(planner.read)) if c.leaves()&planner.edits.keys() else c.map for c in calls]
     if not name: raise Blocked("it is the whole model, and there is nothing around it to fold into" if name=='' else "it is no part of the model")
     for h in user_hooks(m): raise Blocked(f"a hook ({h}) watches it")
     if not all(a.finite for a in maps): raise Blocked("its statistics are not finite numbers")
@@ -342,7 +352,9 @@ def find_norms(
     for call in graph.calls:
         batch_norm = [o for o in call.ops if 'batch_norm' in o.name and any(not v.const for v in o.inputs)]
         c = norm_call(call)
-        try: is_norm = c is not None and (a:=c.affine(ctx)) is not None and (a.scales or batch_norm)
+        try:
+            if c is not None: c.map = c.affine(ctx)
+            is_norm = c is not None and c.map is not None and (batch_norm or c.map.scales)
         except Blocked as e:
             is_norm = False
             if batch_norm: broken.setdefault(call.module, (call, str(e), 0))

@@ -12,7 +12,7 @@ from torch import Tensor
 from .affine import Affine, reshaped, permuted, part, joined, spread, broadcast, unbroadcast, norm_affine
 from .trace import Op, Value
 
-# %% ../nbs/02_rules.ipynb #451e9f53
+# %% ../nbs/02_rules.ipynb #ccc1dfcb
 class Blocked(Exception):
     "A map cannot pass; the message says what is in the way."
 
@@ -35,9 +35,16 @@ def pull(*names):
     "Register `f(op, out, a, ctx)`, which returns what `a` on the output `out` asks of the inputs of the operations `names`."
     return _register(PULL, names)
 
-def push(*names):
-    "Register `f(op, carried, ctx)`, which returns what the outputs carry, and what is asked of the weights, when inputs carry the maps `carried`."
-    return _register(PUSH, names)
+def push(*names, several=False):
+    """Register `f(op, carried, ctx)`, which returns what the outputs carry, and what is asked of the weights, when inputs carry the maps `carried`.
+    Unless the rule copes with `several` carrying inputs, only the first input of the operation may carry one."""
+    def guard(f):
+        def _(op, carried, ctx):
+            x = op.args[_self(op)]
+            _need(set(carried)=={x} and op.inputs.count(x)==1, f"{op.label} uses it as a weight")
+            return f(op, carried, ctx)
+        return _
+    return lambda f: _register(PUSH, names)(f if several else guard(f)) and f
 
 def pull_through(
     op:Op, # The operation
@@ -144,7 +151,7 @@ def _(op, carried, ctx):
     one,many = _copies(op)
     return [(op.out, reshaped(reshaped(carried[op.args.self], op.args.self.shape, one), many, op.out.shape))], []
 
-# %% ../nbs/02_rules.ipynb #4fa89c1e
+# %% ../nbs/02_rules.ipynb #eeaa1c2b
 CUT = {}
 def cut(*names):
     "Register `f(op, i)`, which returns the dimension and the indices that output `i` takes."
@@ -192,6 +199,15 @@ def _(op, carried, ctx):
         return reshaped(part(carried[op.args.self], dim, idx), shape, out.shape)
     return [(o, one(o)) for o in op.outs], []
 
+@pull('index_select')
+def _(op, out, a, ctx):
+    _need(a.constant(_dim(op)), f"{op.label} copies it, and the copies differ")
+    return [(op.args.self, a)]
+@push('index_select')
+def _(op, carried, ctx):
+    _only(op, op.args.index)
+    return [(op.out, part(carried[op.args.self], _dim(op), ctx.read(op.args.index)))], []
+
 def _join(op):
     "Inputs, their shapes as joined, and the dimension; `stack` joins along a new one."
     vals,dim = op.args.tensors,op.args.get('dim', 0)%op.out.rank
@@ -207,13 +223,13 @@ def _(op, out, a, ctx):
         asks.append((v, reshaped(part(a, dim, torch.arange(start, start+s[dim])), s, v.shape)))
         start += s[dim]
     return asks
-@push('cat','stack')
+@push('cat','stack', several=True)
 def _(op, carried, ctx):
     vals,shapes,dim = _join(op)
     maps = [reshaped(carried[v], v.shape, s) if v in carried else Affine.identity(len(s)) for v,s in zip(vals, shapes)]
     return [(op.out, joined(maps, [s[dim] for s in shapes], dim))], []
 
-# %% ../nbs/02_rules.ipynb #d871db7f
+# %% ../nbs/02_rules.ipynb #ea735e4f
 WINDOW = {}
 def window(*names):
     "Register `f(op)`, which returns the dimensions looked over and what must hold: any of 'linear' (no shift), 'rising' (no negative scale)."
@@ -267,7 +283,6 @@ def _(op, out, a, ctx):
 @push(*WINDOW)
 def _(op, carried, ctx):
     v = op.args[_self(op)]
-    _need(set(carried)=={v}, f"{op.label} uses it as a weight")
     a,dims = _window(op, carried[v])
     if op.out.rank!=v.rank: a = reshaped(a, _kept(v.shape, dims), op.out.shape)
     return [(op.out, a)], []
@@ -323,7 +338,7 @@ def _(op, carried, ctx):
         a = joined([id,a,id], [lo,n,hi], d)
     return [(op.out, a)], []
 
-# %% ../nbs/02_rules.ipynb #426fba32
+# %% ../nbs/02_rules.ipynb #f9410419
 def _number(op, v, ctx):
     "A constant operand as float64 numbers of the output's rank."
     c = ctx.read(v) if isinstance(v, Value) else torch.tensor(float(v), dtype=torch.float64)
@@ -346,14 +361,16 @@ def terms(op):
 def _(op, out, a, ctx):
     (x,p),(y,q) = terms(op)
     if _fixed(x) and not _fixed(y) or not isinstance(x, Value): (x,p),(y,q) = (y,q),(x,p)
-    if x is y: return [(x, Affine(a.scale, a.shift/(p+q)))] if p+q else []
+    if x is y:
+        _need(p+q or not a.shifts, f"{op.label} takes it from itself")
+        return [(x, Affine(a.scale, a.shift/(p+q)))] if p+q else []
     if _fixed(y) and (ctx.side==0 or not isinstance(y, Value)):
         c = q*_number(op, y, ctx)
         return [_ask(op, x, Affine(a.scale, (a.shift+(a.scale-1)*c)/p).collapse())]
     first = (ctx.side==0)
     return [_ask(op, v, Affine(a.scale, a.shift/k) if (v is x)==first else a.linear) for v,k in ((x,p),(y,q))]
 
-@push('add','sub','rsub')
+@push('add','sub','rsub', several=True)
 def _(op, carried, ctx):
     (x,p),(y,q) = terms(op)
     if not isinstance(x, Value) or x not in carried: (x,p),(y,q) = (y,q),(x,p)
@@ -388,7 +405,7 @@ def _(op, out, a, ctx):
     full = [v for v in (x,y) if v.shape==out.shape] or [x,y]
     return [_ask(op, full[ctx.side], a)]
 
-@push('mul','div')
+@push('mul','div', several=True)
 def _(op, carried, ctx):
     x,y = op.args.self,op.args.other
     _need(not op.args.get('rounding_mode') and x is not y, f"it is followed by {op.label}")
@@ -417,10 +434,10 @@ def _(op, out, a, ctx):
 
 @pull('copy')
 def _(op, out, a, ctx): return [_ask(op, op.args.src, a)]
-@push('copy')
+@push('copy', several=True)
 def _(op, carried, ctx): return [(op.out, broadcast(carried[op.args.src], op.out.rank) if op.args.src in carried else Affine.identity(op.out.rank))], []
 
-# %% ../nbs/02_rules.ipynb #f1aef201
+# %% ../nbs/02_rules.ipynb #1ce3299f
 def _channels(op, a, dim, n):
     st = a.along(dim, n)
     _need(st is not None, f"{op.label} cannot scale each position differently")
@@ -444,7 +461,6 @@ def _(op, out, a, ctx):
 @push('convolution')
 def _(op, carried, ctx):
     x,w,b = op.args.input,op.args.weight,op.args.bias
-    _need(set(carried)=={x}, f"{op.label} uses it as a weight")
     _only(op, w)
     s,t = _channels(op, carried[x], 1, x.shape[1])
     tr,g = op.args.transposed,op.args.groups
@@ -460,7 +476,7 @@ def _(op, carried, ctx):
         else: out = Affine.of(op.out.rank, 1, None, shift)
     return [(op.out, out)], asks
 
-# %% ../nbs/02_rules.ipynb #e13e97dc
+# %% ../nbs/02_rules.ipynb #5dab657b
 def _factors(op):
     "The two factors and the added term of a matrix product."
     a = op.args
@@ -491,7 +507,7 @@ def _averaged(op, a):
 def _(op, out, a, ctx):
     _need(out is op.out, f"it comes after {op.label}")
     return [(_averaged(op, a), a)]
-@push(*_attention)
+@push(*_attention, several=True)
 def _(op, carried, ctx):
     _need(set(carried)=={op.args.value} and op.args.value not in (op.args.query,op.args.key), f"it is followed by {op.label}")
     a, = carried.values()
@@ -507,7 +523,7 @@ def _averages(v):
         else: return False
     return False
 
-@push('mm','addmm','bmm','baddbmm')
+@push('mm','addmm','bmm','baddbmm', several=True)
 def _(op, carried, ctx):
     x,w,b = _factors(op)
     _need(len(carried)==1 and b not in carried and x is not w, f"{op.label} multiplies it with itself")

@@ -6,12 +6,12 @@
 __all__ = ['FoldError', 'Value', 'Op', 'Call', 'Graph', 'as_args', 'tensors_of', 'preserved', 'Tracer', 'user_hooks', 'trace',
            'unwrap', 'check_model', 'infer_sample', 'copy_model']
 
-# %% ../nbs/01_trace.ipynb #7148a4b5
+# %% ../nbs/01_trace.ipynb #661b8bc4
 import random, inspect
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-import numpy as np, torch
+import numpy as np, torch, torch.nn.functional as F
 from torch import nn, Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook, register_module_forward_hook
 from torch.overrides import TorchFunctionMode
@@ -145,7 +145,7 @@ def preserved(
                 with torch.no_grad(): b.copy_(saved)
         _set_rng_state(rng)
 
-# %% ../nbs/01_trace.ipynb #dba1718d
+# %% ../nbs/01_trace.ipynb #87ca8cc7
 @lru_cache(None)
 def _schema(func):
     args = func._schema.arguments
@@ -156,6 +156,19 @@ def _schema(func):
 def _storage(t):
     try: return t.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError): return id(t)
+
+class _Spelled(TorchFunctionMode):
+    "Circular padding writes an empty tensor piece by piece; spelled as a selection of indices it is one move."
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func not in (F.pad, torch._C._nn.pad): return func(*args, **kwargs)
+        given = dict(zip(('input','pad','mode','value'), args)) | kwargs
+        x,pad = given['input'],given['pad']
+        if given.get('mode')!='circular': return func(*args, **kwargs)
+        for i in range(len(pad)//2):
+            n = x.shape[-1-i]
+            x = x.index_select(-1-i, torch.arange(-pad[2*i], n+pad[2*i+1], device=x.device)%n)
+        return x
 
 class Tracer(TorchDispatchMode):
     "Record the forward pass of `model` that runs inside it as `self.graph`."
@@ -236,12 +249,16 @@ class Tracer(TorchDispatchMode):
         return out
 
     def __enter__(self):
+        self.spelled = _Spelled()
+        self.spelled.__enter__()
         self.handles = [register_module_forward_pre_hook(self._enter_module), register_module_forward_hook(self._exit_module, always_call=True)]
         return super().__enter__()
 
     def __exit__(self, *exc):
         for h in self.handles: h.remove()
-        return super().__exit__(*exc)
+        res = super().__exit__(*exc)
+        self.spelled.__exit__(*exc)
+        return res
 
     def _enter_module(self, m, args):
         call = Call(m, self.graph.modules.get(m, [None])[0], self.stack[-1] if self.stack else None)
@@ -275,9 +292,9 @@ def user_hooks(
     hooks = [*m._forward_pre_hooks.values(), *m._forward_hooks.values(), *m._backward_hooks.values(), *m._backward_pre_hooks.values()]
     return [_hook_name(h) for h in hooks if not type(h).__module__.startswith('torch.nn.utils')]
 
-# %% ../nbs/01_trace.ipynb #3f2e405a
+# %% ../nbs/01_trace.ipynb #fa2fce44
 _biased = (nn.modules.conv._ConvNd, nn.Linear)
-_scaled = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+_scaled = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 def _absent(op, graph, known):
     "Give `op` a value for the weight or bias its layer could have but has not."
