@@ -1,0 +1,84 @@
+"What the tests of the engine share: hostile norm statistics, counting norms, distances to float64, and comparing states bit by bit."
+import random
+import numpy as np, torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from fasterfold.fold import BN_Folder,distance,run,to_double
+from fasterfold.trace import as_args,user_hooks
+
+def randomize_norms(
+    model:nn.Module, # Changed in place
+    seed:int=1, # Of the statistics
+)->nn.Module: # `model` in eval mode
+    "Give every norm random statistics and weights, some of these negative: fresh norms are almost the identity, which hides mistakes."
+    g = torch.Generator().manual_seed(seed)
+    def draw(t, f): t.copy_(f(torch.rand(t.shape, generator=g, dtype=torch.float64)))
+    with torch.no_grad():
+        for m in model.modules():
+            mean,var = (getattr(m, f'running_{k}', None) for k in ('mean','var'))
+            if mean is None or var is None: continue
+            draw(mean, lambda u: .6*u-.3)
+            draw(var, lambda u: u+.5)
+            w,b = getattr(m, 'weight', None),getattr(m, 'bias', None)
+            if w is not None:
+                draw(w, lambda u: u+.5)
+                w[::7] *= -1
+            if b is not None: draw(b, lambda u: .6*u-.3)
+    return model.eval()
+
+class _Count(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += 'batch_norm' in func._schema.name
+        return func(*args, **(kwargs or {}))
+
+def count_norm_calls(
+    model:nn.Module, # Any model
+    sample, # What to call it with
+)->int: # Kernels, not modules
+    "How many batch normalizations one eval forward pass runs."
+    with _Count() as c: run(model, sample)
+    return c.n
+
+def errors(
+    original:nn.Module, # The model before
+    folded:nn.Module, # The model after
+    sample, # What to call both with
+    folder:BN_Folder=None, # Folds the float64 copy; None for one with the default options
+)->tuple: # (own, folded, exact): distances to the original in float64 of the original, the folded one, and the original folded in float64
+    "How far both models are from a float64 run of the original."
+    double,s = to_double(original),to_double(sample)
+    ref = run(double, s)
+    own,diff = distance(run(original, sample), ref),distance(run(folded, sample), ref)
+    return own,diff,distance(run((folder or BN_Folder(verify=False)).fold(double, s, inplace=True), s), ref)
+
+def eps_of(model): return max((torch.finfo(p.dtype).eps for p in model.parameters()), default=torch.finfo(torch.float32).eps)
+
+def check_fold(
+    original:nn.Module, # The model before
+    folded:nn.Module, # The model after
+    sample, # What to call both with
+    folder:BN_Folder=None, # Folds the float64 copy
+):
+    "Assert that the fold is right in float64, and as close to it as the original in the model's own dtype."
+    own,diff,exact = errors(original, folded, sample, folder)
+    assert exact<=1e-10, f"wrong in float64: {exact:.1e}"
+    assert diff<=10*own+10*eps_of(original), f"{diff:.1e} from float64, the original {own:.1e}"
+
+def names_of(items): return [o.norm for o in items]
+def reason(plan, norm): return next(o.reason for o in plan.kept if o.norm==norm)
+
+def rng_state(): return random.getstate(),np.random.get_state()[1].tobytes(),bytes(torch.get_rng_state().numpy())
+
+def state(
+    model:nn.Module, # Any model
+): # To be compared with `==`
+    "Everything a fold could disturb: objects, bits, modes, hooks and random numbers."
+    def bits(t): return None if t is None else (id(t), t.dtype, tuple(t.shape), t.stride(), t.data_ptr(), t.requires_grad, t.detach().contiguous().view(torch.uint8).numpy().tobytes() if t.numel() and t.dim() else t.item() if t.numel() else None)
+    hooks = ('_forward_hooks','_forward_pre_hooks','_backward_hooks','_backward_pre_hooks')
+    mods = [(n, id(m), type(m), m.training, tuple(m.__dict__), tuple((k,id(c)) for k,c in m._modules.items()),
+        tuple((k,bits(p)) for k,p in m._parameters.items()), tuple((k,bits(b)) for k,b in m._buffers.items()),
+        tuple((h,tuple(getattr(m, h).items())) for h in hooks)) for n,m in model.named_modules(remove_duplicate=False)]
+    return mods,rng_state(),torch.is_grad_enabled()

@@ -1,0 +1,96 @@
+"Real models: how many norms go, why the others stay, and how close to float64 the folded model is."
+import pytest, timm, torch, torchvision
+from fastai.tabular.all import TabularModel
+from fastai.vision.all import create_unet_model,create_vision_model,resnet18,xresnet18,xresnet50
+from fastai.vision.gan import basic_critic,basic_generator
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from helpers import *
+
+T = torchvision.models
+
+def image(size=64, n=2): return lambda: torch.randn(n, 3, size, size)
+def table(): return torch.randint(4, (2,2)),torch.randn(2, 3)
+def tm(name, size=64, **kwargs): return (lambda: timm.create_model(name, **kwargs)),image(size)
+def tv(name, size=64, **kwargs): return (lambda: getattr(T, name)(weights=None, **kwargs)),image(size)
+
+# name: (model, sample), norm calls before, at most this many after
+TABLE = dict(
+    vision_learner=(((lambda: create_vision_model(resnet18, 2, pretrained=False)), image()), 22, 0),
+    unet_learner=(((lambda: create_unet_model(resnet18, 2, (64,64), pretrained=False)), image()), 25, 5),
+    xresnet18=((xresnet18, image()), 22, 0),
+    xresnet50=((xresnet50, image()), 55, 0),
+    tabular_learner=(((lambda: TabularModel([(5,3),(4,2)], 3, 2, [20,10])), table), 3, 0),
+    densenet121=(tv('densenet121'), 121, 62),
+    mobilenet_v3_small=(tv('mobilenet_v3_small'), 34, 0),
+    efficientnet_b0=(tv('efficientnet_b0'), 49, 0),
+    shufflenet_v2_x1_0=(tv('shufflenet_v2_x1_0'), 56, 0),
+    regnet_y_400mf=(tv('regnet_y_400mf'), 53, 0),
+    resnext50_32x4d=(tv('resnext50_32x4d'), 53, 0),
+    vgg11_bn=(tv('vgg11_bn'), 8, 0),
+    deeplabv3_resnet50=(((lambda: T.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None)), image()), 60, 0),
+    resnet26d=(tm('resnet26d'), 31, 0),
+    levit_128=(tm('levit_128', img_size=64), 64, 0),
+    repvit_m0_9=(tm('repvit_m0_9'), 108, 0))
+
+# small ones of many families, to see at once what a change of the rules does
+SMALL = dict(
+    resnet10t=(tm('resnet10t'), 14, 0),
+    seresnet18=(tm('seresnet18'), 20, 0),
+    skresnet18=(tm('skresnet18'), 36, 0),
+    mobilenetv3_small_050=(tm('mobilenetv3_small_050'), 34, 0),
+    mobilenetv4_conv_small_035=(tm('mobilenetv4_conv_small_035'), 46, 0),
+    lcnet_035=(tm('lcnet_035'), 27, 0),
+    tinynet_e=(tm('tinynet_e'), 31, 0),
+    ghostnet_050=(tm('ghostnet_050'), 80, 0),
+    repghostnet_050=(tm('repghostnet_050'), 112, 0),
+    regnetx_002=(tm('regnetx_002'), 44, 0),
+    dla46_c=(tm('dla46_c'), 48, 0),
+    ese_vovnet19b_slim_dw=(tm('ese_vovnet19b_slim_dw'), 22, 0),
+    cs3darknet_focus_s=(tm('cs3darknet_focus_s'), 31, 0),
+    mobilevit_xxs=(tm('mobilevit_xxs'), 32, 0),
+    mobilevitv2_050=(tm('mobilevitv2_050'), 25, 0),
+    efficientformerv2_s0=(tm('efficientformerv2_s0', img_size=64), 75, 0),
+    repvgg_a0=(tm('repvgg_a0'), 61, 0),
+    fastvit_t8=(tm('fastvit_t8'), 70, 0),
+    hgnetv2_b0=(tm('hgnetv2_b0'), 42, 0),
+    fasternet_t0=(tm('fasternet_t0'), 17, 0),
+    starnet_s050=(tm('starnet_s050'), 18, 0),
+    xcit_nano_12_p16_224=(tm('xcit_nano_12_p16_224', img_size=64), 16, 12),
+    botnet26t_256=(tm('botnet26t_256', img_size=64), 31, 0),
+    rexnet_100=(tm('rexnet_100'), 62, 0),
+    googlenet=(tv('googlenet', init_weights=False), 57, 0),
+    lraspp_mobilenet_v3_large=(((lambda: T.segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None)), image()), 47, 0),
+    r3d_18=(((lambda: T.video.r3d_18(weights=None)), lambda: torch.randn(1, 3, 4, 32, 32)), 20, 0),
+    gan_critic=(((lambda: basic_critic(32, 3, n_features=8)), image(32)), 2, 0),
+    gan_generator=(((lambda: basic_generator(32, 3, in_sz=10, n_features=8)), lambda: torch.randn(2, 10)), 3, 0))
+
+@pytest.mark.parametrize('name', [*TABLE,*SMALL])
+def test_folds(name):
+    (make,draw),before,after = (TABLE | SMALL)[name]
+    model,sample = randomize_norms(make()),draw()
+    assert count_norm_calls(model, sample)==before
+    was = {k:(v,v.clone()) for k,v in model.state_dict(keep_vars=True).items()}
+    folder = BN_Folder()
+    new = folder.fold(model, sample)
+    plan = folder.result
+    left = count_norm_calls(new, sample)
+    assert left<=after
+    assert sum(o.calls for o in plan.folded)>=before-left and sum(o.calls for o in plan.kept)>=left
+    assert {*names_of(plan.folded),*names_of(plan.kept)}>={n for n,m in model.named_modules() if isinstance(m, _BatchNorm)}
+    assert all(o.reason and 'failed' not in o.reason for o in plan.kept)
+    assert all(o.into and o.direction in ('back','forward','beside') for o in plan.folded)
+    now = model.state_dict(keep_vars=True)
+    assert list(was)==list(now) and all(now[k] is v and torch.equal(v, t) for k,(v,t) in was.items())
+    check_fold(model, new, sample)
+
+@pytest.mark.parametrize('bias', [False,True])
+def test_first_layers_of_resnet18(bias):
+    "The comparison a published recipe makes, which forgets a bias the convolution has; another divides by the variance and not its root."
+    net = T.resnet18()
+    conv,norm = net.conv1 if not bias else nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=True),net.bn1
+    model,x = randomize_norms(nn.Sequential(conv, norm)),torch.randn(16, 3, 256, 256)
+    new = BN_Folder().fold(model, x)
+    assert isinstance(new[1], nn.Identity)
+    with torch.no_grad(): diff = model(x).double()-new(x).double()
+    assert abs(diff.mean())<1e-8 and diff.abs().max()<1e-5
