@@ -6,22 +6,22 @@
 __all__ = ['collapse', 'view_groups', 'reshape_map', 'Affine', 'reshaped', 'permuted', 'part', 'joined', 'spread', 'broadcast',
            'unbroadcast', 'norm_affine']
 
-# %% ../nbs/00_affine.ipynb #f7d73569
-import math
+# %% ../nbs/00_affine.ipynb #9752f642
 from dataclasses import dataclass
 import torch
 from torch import Tensor
+from fastcore.basics import patch
 
-# %% ../nbs/00_affine.ipynb #cdd90111
+# %% ../nbs/00_affine.ipynb #8b8cf1df
 def collapse(
     t:Tensor, # Any tensor
 )->Tensor: # The same numbers, with size 1 in every dimension along which they do not change
     "Shrink to size 1 every dimension along which `t` is constant."
     for d,n in enumerate(t.shape):
-        if n>1 and (t.stride(d)==0 or bool((t==(first:=t.narrow(d, 0, 1))).all())): t = t.narrow(d, 0, 1)
+        if n>1 and (t.stride(d)==0 or bool((t==t.narrow(d, 0, 1)).all())): t = t.narrow(d, 0, 1)
     return t
 
-# %% ../nbs/00_affine.ipynb #cbfa7f6c
+# %% ../nbs/00_affine.ipynb #763b982c
 def view_groups(
     frm, # Shape before the view
     to, # Shape after it
@@ -29,16 +29,16 @@ def view_groups(
     "The smallest groups of dimensions of `frm` and `to` that hold the same elements."
     groups,i,j = [],0,0
     while i<len(frm) or j<len(to):
-        a,b,m,n = [],[],1,1
+        a,b,m,n = [],[],1,1 # dimensions taken from either side, and their products
         if i<len(frm): a,m,i = [i],frm[i],i+1
         if j<len(to) and (m!=1 or not a): b,n,j = [j],to[j],j+1
         while m!=n:
-            if m<n: a.append(i); m *= frm[i]; i += 1
-            else:   b.append(j); n *= to[j];  j += 1
+            if m<n: a,m,i = a+[i],m*frm[i],i+1
+            else:   b,n,j = b+[j],n*to[j],j+1
         groups.append((a,b))
     return groups
 
-# %% ../nbs/00_affine.ipynb #d0705821
+# %% ../nbs/00_affine.ipynb #18747f5d
 def reshape_map(
     t:Tensor, # Numbers broadcastable to `frm`
     frm, # Shape of the value before a view
@@ -53,7 +53,7 @@ def reshape_map(
         for j in b: new[j] = to[j]
     return collapse(t.expand(full).reshape(new))
 
-# %% ../nbs/00_affine.ipynb #5fb3af38
+# %% ../nbs/00_affine.ipynb #e7de865f
 @dataclass(frozen=True, eq=False)
 class Affine:
     "The map `y = scale*x + shift` of a value: float64, the value's rank, each dimension full or 1."
@@ -65,9 +65,10 @@ class Affine:
     @classmethod
     def of(cls, rank:int, dim:int, scale, shift=None):
         "The map of `rank` dimensions whose numbers `scale` and `shift` (1-D, or None) change along `dim` only."
-        shape = [1]*rank; shape[dim] = -1
-        id = cls.identity(rank)
-        return cls(id.scale if scale is None else scale.double().reshape(shape), id.shift if shift is None else shift.double().reshape(shape))
+        shape,id = [1]*rank,cls.identity(rank)
+        shape[dim] = -1
+        def full(t, default): return default if t is None else t.double().reshape(shape)
+        return cls(full(scale, id.scale), full(shift, id.shift))
 
     def __post_init__(self): assert self.scale.dim()==self.shift.dim()
     def __repr__(self): return f"Affine(scale {tuple(self.scale.shape)}, shift {tuple(self.shift.shape)})"
@@ -75,34 +76,47 @@ class Affine:
         y = x*self.scale
         return y.add_(self.shift) if self.shifts else y
     def __matmul__(self, other): return Affine(self.scale*other.scale, self.scale*other.shift + self.shift).collapse()
-    def __eq__(self, other): return isinstance(other, Affine) and self.rank==other.rank and _same(self.scale, other.scale) and _same(self.shift, other.shift)
+    def __eq__(self, other):
+        if not isinstance(other, Affine) or self.rank!=other.rank: return False
+        return all(torch.equal(*torch.broadcast_tensors(a, b)) for a,b in ((self.scale,other.scale),(self.shift,other.shift)))
     __hash__ = None
 
     @property
     def rank(self): return self.scale.dim()
     @property
-    def linear(self): return Affine(self.scale, torch.zeros_like(self.shift)).collapse()
+    def shape(self): return torch.broadcast_shapes(self.scale.shape, self.shift.shape)
     @property
     def shifts(self): return bool((self.shift!=0).any())
     @property
     def scales(self): return bool((self.scale!=1).any())
-    @property
-    def is_identity(self): return not self.shifts and not self.scales
-    @property
-    def finite(self): return bool(self.scale.isfinite().all() and self.shift.isfinite().all())
-    @property
-    def shape(self): return torch.broadcast_shapes(self.scale.shape, self.shift.shape)
     def map(self, f): return Affine(f(self.scale), f(self.shift)).collapse()
     def collapse(self): return Affine(collapse(self.scale), collapse(self.shift))
-    def constant(self, *dims): return all(self.shape[d]==1 for d in dims)
-    def along(self, dim, n):
-        "`scale` and `shift` as vectors of size `n` if the map changes along `dim` only, else None."
-        if any(s>1 for d,s in enumerate(self.shape) if d!=dim%self.rank): return None
-        return self.scale.reshape(-1).expand(n), self.shift.reshape(-1).expand(n)
 
-def _same(a, b): return torch.equal(*torch.broadcast_tensors(a, b))
+# %% ../nbs/00_affine.ipynb #488bb065
+@patch(as_prop=True)
+def linear(self:Affine):
+    "The map without its shift."
+    return Affine(self.scale, torch.zeros_like(self.shift)).collapse()
 
-# %% ../nbs/00_affine.ipynb #4bfa8261
+@patch(as_prop=True)
+def is_identity(self:Affine): return not self.shifts and not self.scales
+
+@patch(as_prop=True)
+def finite(self:Affine): return bool(self.scale.isfinite().all() and self.shift.isfinite().all())
+
+# %% ../nbs/00_affine.ipynb #e70265f2
+@patch
+def constant(self:Affine, *dims):
+    "Does the map stay the same along `dims`?"
+    return all(self.shape[d]==1 for d in dims)
+
+@patch
+def along(self:Affine, dim, n):
+    "`scale` and `shift` as vectors of size `n` if the map changes along `dim` only, else None."
+    if any(s>1 for d,s in enumerate(self.shape) if d!=dim%self.rank): return None
+    return self.scale.reshape(-1).expand(n), self.shift.reshape(-1).expand(n)
+
+# %% ../nbs/00_affine.ipynb #4c141c62
 def reshaped(
     a:Affine, # Map of a value of shape `frm`
     frm, # Shape before
@@ -111,10 +125,14 @@ def reshaped(
     "`a` after a view from `frm` to `to`; flattening repeats each channel."
     return a if tuple(frm)==tuple(to) else a.map(lambda t: reshape_map(t, frm, to))
 
-def permuted(a:Affine, dims)->Affine:
+def permuted(
+    a:Affine, # Map of a value
+    dims, # The new order of its dimensions
+)->Affine: # Map of the permuted value
     "`a` after `permute(dims)`."
     return a.map(lambda t: t.permute(*dims))
 
+# %% ../nbs/00_affine.ipynb #18a4cc9e
 def part(
     a:Affine, # Map of the whole
     dim:int, # Dimension that is cut
@@ -123,6 +141,8 @@ def part(
     "`a` on the elements `idx` of `dim`."
     return a.map(lambda t: t if t.shape[dim]==1 else t.index_select(dim, idx))
 
+def _sized(shape, dim, n): return [n if d==dim%len(shape) else s for d,s in enumerate(shape)]
+
 def joined(
     maps:list, # One `Affine` per part
     sizes:list, # Size of each part along `dim`
@@ -130,11 +150,11 @@ def joined(
 )->Affine: # Map of the whole
     "The map of `cat` of values with these `maps`."
     def cat(ts):
-        full = torch.broadcast_shapes(*[[1 if d==dim else s for d,s in enumerate(t.shape)] for t in ts])
-        return torch.cat([t.expand([n if d==dim else s for d,s in enumerate(full)]) for t,n in zip(ts, sizes)], dim)
-    dim = dim%maps[0].rank
+        full = torch.broadcast_shapes(*[_sized(t.shape, dim, 1) for t in ts])
+        return torch.cat([t.expand(_sized(full, dim, n)) for t,n in zip(ts, sizes)], dim)
     return Affine(cat([m.scale for m in maps]), cat([m.shift for m in maps])).collapse()
 
+# %% ../nbs/00_affine.ipynb #57ef1358
 def spread(
     a:Affine, # Map of the part
     dim:int, # Dimension that was cut
@@ -142,12 +162,14 @@ def spread(
     n:int, # Size of the whole along `dim`
 )->Affine: # Map of the whole: `a` on the part, the identity elsewhere
     "The map of the whole that does `a` to a part of it and nothing to the rest."
-    def put(t, fill):
-        size = [n if d==dim%t.dim() else s for d,s in enumerate(t.shape)]
-        return torch.full(size, fill, dtype=t.dtype).index_copy(dim, idx, t.expand([len(idx) if d==dim%t.dim() else s for d,s in enumerate(t.shape)]))
+    def put(t, fill): return torch.full(_sized(t.shape, dim, n), fill, dtype=t.dtype).index_copy(dim, idx, t.expand(_sized(t.shape, dim, len(idx))))
     return Affine(put(a.scale, 1.), put(a.shift, 0.)).collapse()
 
-def broadcast(a:Affine, rank:int)->Affine:
+# %% ../nbs/00_affine.ipynb #1333a591
+def broadcast(
+    a:Affine, # Map of a value
+    rank:int, # Dimensions of what it is broadcast to
+)->Affine: # Map of the broadcast value
     "`a` with leading dimensions of size 1 added up to `rank`, as broadcasting does."
     return a.map(lambda t: t.reshape([1]*(rank-t.dim()) + list(t.shape)))
 
@@ -160,7 +182,7 @@ def unbroadcast(
     if not a.constant(*range(lead)) or any(n==1 and not a.constant(lead+d) for d,n in enumerate(shape)): return None
     return a.map(lambda t: t.reshape(t.shape[lead:]))
 
-# %% ../nbs/00_affine.ipynb #658432db
+# %% ../nbs/00_affine.ipynb #f0f57bd0
 def norm_affine(
     mean:Tensor, # Running mean, shape `(C,)`
     var:Tensor, # Running variance, shape `(C,)`
