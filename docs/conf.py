@@ -1,0 +1,37 @@
+"Sphinx's settings"
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+here = Path(__file__).parent
+sys.path.insert(0, str(here))
+import pages
+
+ini = ConfigParser(delimiters=['='], interpolation=None)
+ini.read(here.parent/'settings.ini', encoding='utf-8')
+project = ini['DEFAULT']['name']
+author = copyright = ini['DEFAULT']['author']
+release = ini['DEFAULT']['version']
+
+extensions = ['myst_nb','sphinx_copybutton','ext']
+root_doc = 'index'
+api_names = pages.api_names()
+
+myst_enable_extensions = ['dollarmath','colon_fence']
+myst_heading_anchors = 3
+nb_execution_mode = 'off' # nbdev-test has run them, and their outputs are kept
+nb_merge_streams = True
+nb_ipywidgets_js = {} # no page needs a script from elsewhere
+nb_code_prompt_show = 'Source'
+nb_code_prompt_hide = 'Source'
+html_math_renderer = 'mathml'
+
+html_theme = 'furo'
+html_title = f'{project} {release}'
+html_static_path = ['static']
+html_css_files = ['site.css']
+html_favicon = 'static/icon.svg'
+html_copy_source = html_show_sourcelink = False
+html_show_sphinx = False
+pygments_style,pygments_dark_style = 'friendly','github-dark'
+copybutton_exclude = '.linenos, .gp, .go'
