@@ -74,7 +74,7 @@ class Latency:
     @property
     def _where(self): return f"{self.device}, {self.threads} thread{'s'*(self.threads!=1)}"
 
-# %% ../nbs/05_report.ipynb #03f4f4a7
+# %% ../nbs/05_report.ipynb #7dd7d433
 class Comparison(dict):
     "A `Latency` for every name; the first is what the others are compared with."
     @property
@@ -96,9 +96,9 @@ class Comparison(dict):
         return [['', f'median ({self.base._where})', 'IQR', 'runs', 'ratio'], *rows]
     def __str__(self): return _text_table(self._table)
     __repr__ = __str__
-    def _repr_html_(self): return _html_table(self._table)
+    def _repr_html_(self): return _styled(_html_table(self._table))
 
-# %% ../nbs/05_report.ipynb #d32640a2
+# %% ../nbs/05_report.ipynb #b282f080
 def _text_table(rows, left=()):
     "Rows of text in columns; numbers to the right, the first column and those in `left` to the left."
     w = [max(map(len, c)) for c in zip(*rows)]
@@ -110,8 +110,9 @@ _css = '''
 .fasterfold {font-family:system-ui,sans-serif; line-height:1.4; max-width:60rem}
 .fasterfold table {border-collapse:collapse; margin:.6em 0 1.2em; font-size:.92em; background:none; color:inherit}
 .fasterfold :is(th,td) {padding:.3em .8em .3em 0; text-align:right; vertical-align:top; border:0;
- border-bottom:1px solid rgba(128,128,128,.35); background:none; color:inherit}
-.fasterfold :is(th,td):is(:first-child,.left) {text-align:left; overflow-wrap:anywhere}
+ border-bottom:1px solid rgba(128,128,128,.35); background:none; color:inherit; white-space:nowrap}
+.fasterfold :is(th,td):is(:first-child,.left) {text-align:left}
+.fasterfold td.left {white-space:normal; overflow-wrap:break-word} .fasterfold td.left:last-child {min-width:9em}
 .fasterfold td {font-variant-numeric:tabular-nums} .fasterfold th {font-weight:600}
 .fasterfold .bar {display:inline-block; width:7em; height:.7em; background:rgba(128,128,128,.3)}
 .fasterfold .bar>span {display:block; height:100%; background:#3987e5}
@@ -119,15 +120,17 @@ _css = '''
 .fasterfold svg {max-width:100%; height:auto}
 '''
 
-def _html_table(rows, left=(), bars=()):
-    "The same as an HTML table; `bars` are shares of 1 to draw behind each row."
-    cls = lambda i: ' class="left"' if i in left else ''
-    tr = lambda r,t,extra='': '<tr>' + ''.join(f'<{t}{cls(i)}>{html.escape(s)}</{t}>' for i,s in enumerate(r)) + extra + '</tr>'
-    draw = lambda b: '<td></td>' if b is None else f'<td><span class="bar"><span style="width:{100*min(b, 1):.0f}%"></span></span></td>'
-    extra = [draw(b) for b in bars] or ['']*(len(rows)-1)
-    body = ''.join(tr(r, 'td', e) for r,e in zip(rows[1:], extra))
-    head = tr(rows[0], 'th', '<th></th>' if bars else '')
-    return f'<div class="fasterfold wide"><style>{_css}</style><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+def _html_table(rows, left=(), bars=None):
+    "The same as an HTML table; `bars` are shares of 1 to draw before the last column."
+    def tr(r, tag, bar):
+        cells = [f'<{tag}{" class=left" if i in left else ""}>{html.escape(s)}</{tag}>' for i,s in enumerate(r)]
+        if bars is not None: cells.insert(-1, f'<{tag}>{bar}</{tag}>')
+        return f'<tr>{"".join(cells)}</tr>'
+    def draw(b): return '' if b is None else f'<span class="bar"><span style="width:{100*min(b, 1):.0f}%"></span></span>'
+    body = ''.join(tr(r, 'td', draw(b)) for r,b in zip(rows[1:], bars or [None]*len(rows)))
+    return f'<div class="wide"><table><thead>{tr(rows[0], "th", "")}</thead><tbody>{body}</tbody></table></div>'
+
+def _styled(*parts): return f'<div class="fasterfold"><style>{_css}</style>{"".join(parts)}</div>'
 
 # %% ../nbs/05_report.ipynb #f72c7de8
 def _device(sample): return next((str(t.device) for t in tensors_of(as_args(sample))), 'cpu')
@@ -369,14 +372,14 @@ def __str__(self:FoldReport):
 @patch
 def __repr__(self:FoldReport): return str(self)
 
-# %% ../nbs/05_report.ipynb #359b27d7
+# %% ../nbs/05_report.ipynb #b563e5d7
 @patch
 def _repr_html_(self:FoldReport):
     res = [f'<p><b>{html.escape(self.headline)}</b></p>', _html_table(self._rows, left=(4,), bars=[f.share for f in self.figures])]
     res += [f'<p class="note">{html.escape(n)}</p>' for n in self._notes]
     if self.plan.folded: res.append(_html_table(folded_rows(self.plan), left=(2,3)))
     if self.plan.kept: res.append('<p>Kept:</p>'+_html_table(kept_rows(self.plan), left=(2,)))
-    return f'<div class="fasterfold">{"".join(res)}</div>'
+    return _styled(*res)
 
 # %% ../nbs/05_report.ipynb #cc608063
 @patch
@@ -455,7 +458,7 @@ def plot(self:FoldReport)->plt.Figure:
     fig.legend([plt.Rectangle((0,0), 1, 1, color=c) for c in _colors.values()], list(_colors), loc='outside upper right', ncols=2, frameon=False)
     return fig
 
-# %% ../nbs/05_report.ipynb #cd85fee8
+# %% ../nbs/05_report.ipynb #5822b013
 _ink = '#010203' # stands for the colour of the page's text
 
 def _svg(fig):
@@ -476,7 +479,7 @@ def save(self:FoldReport,
         svg = _svg(fig)
         plt.close(fig)
     df = self.to_df()
-    every = _html_table([list(df.columns), *df.astype(str).values.tolist()], left=(1,2,3,4))
+    every = _styled(_html_table([list(df.columns), *df.astype(str).values.tolist()], left=(1,2,3,4)))
     page = f'''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Fold report</title>
 <style>:root {{color-scheme:light dark}} body {{margin:2rem auto; padding:0 1rem; max-width:62rem}}</style></head>

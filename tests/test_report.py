@@ -1,0 +1,175 @@
+"Latency in turns, and reports that stay short, legible and whole."
+import json
+from html.parser import HTMLParser
+import matplotlib
+matplotlib.use('agg')
+import matplotlib.pyplot as plt, pytest, torch
+from matplotlib.colors import to_rgb
+from torch import nn
+from fasterfold.fold import BN_Folder
+from fasterfold.report import FoldReport,compare,count_parameters,folded_rows,kept_rows,latency,report,rounding
+
+def norms(model): return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+def trained(model):
+    "`model` with the norms of a trained one."
+    for m in norms(model):
+        nn.init.uniform_(m.running_var, 0.5, 2)
+        for p in (m.weight,m.bias,m.running_mean): nn.init.normal_(p, 0.5, 0.2)
+    return model.eval()
+
+class Stage(nn.Sequential):
+    "`n` convolutions with norms; the second also feeds a tanh, so its norm stays."
+    def __init__(self, n): super().__init__(*(nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.ReLU()) for _ in range(n)))
+    def forward(self, x):
+        kept = self[1][0](self[0](x))
+        x = torch.tanh(kept)+self[1][1](kept)
+        for m in list(self)[2:]: x = m(x)
+        return x
+
+@pytest.fixture(scope='module')
+def deep():
+    "A report on 500 norms in ten stages."
+    model,sample = trained(nn.Sequential(*(Stage(50) for _ in range(10)))),torch.randn(2,2,3,3)
+    folder = BN_Folder()
+    folded = folder.fold(model, sample)
+    res = report(model, folded, folder.result, {'1 item':sample[:1], 'batch of 2':sample}, seconds=.01)
+    res.metrics = dict(valid_loss=(.5,.5), accuracy=(.75,.75), a_metric_with_a_rather_long_name=(1e-9,1.2e-9), none=(None,None))
+    return res
+
+def test_parameters_shared_and_frozen():
+    a = nn.Linear(3, 3)
+    model = nn.Sequential(a, a, nn.Linear(3, 1).requires_grad_(False))
+    assert count_parameters(model)==12+4
+
+def test_models_take_turns():
+    calls = []
+    class Noting(nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            self.name,self.drop = name,nn.Dropout()
+        def forward(self, x, y=None):
+            assert not self.training and not torch.is_grad_enabled() and y is not None
+            if calls[-1:]!=[self.name]: calls.append(self.name)
+            return self.drop(x)
+    models = {k:Noting(k) for k in 'abc'}
+    models['b'].drop.eval()
+    rng = torch.get_rng_state()
+    res = compare(models, dict(x=torch.ones(1), y=torch.ones(1)), seconds=.05)
+    n = len(res.base.turns)
+    # a round to warm up, a turn forth, and then back and forth: whoever ends a turn begins the next
+    assert ''.join(calls)=='abc'+'abc'+('babc'*n)[:2*(n-1)]
+    assert all(len(o.turns)==n and o.runs>=n for o in res.values())
+    assert torch.equal(torch.get_rng_state(), rng) and torch.is_grad_enabled()
+    assert [(m.training,m.drop.training) for m in models.values()]==[(True,True),(True,False),(True,True)]
+
+def test_a_model_that_fails_is_left_as_it_was():
+    class Fails(nn.Dropout):
+        def forward(self, x): raise ValueError('no')
+    model = Fails()
+    with pytest.raises(ValueError): latency(model, torch.ones(1))
+    assert model.training and torch.is_grad_enabled()
+
+def test_rounding_tells_right_from_wrong(deep):
+    model,x = trained(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4))),torch.randn(4,3,9,9)
+    right = BN_Folder().fold(model, x)
+    r = rounding(model, right, x)
+    assert 0<r.folded<=4*r.original+4*torch.finfo(torch.float32).eps*r.scale
+    with torch.no_grad(): right[3].bias += 1e-3*r.scale
+    assert rounding(model, right, x).folded>100*r.original
+
+def test_rounding_of_a_model_that_insists_on_float32():
+    class Insists(nn.Linear):
+        def forward(self, x): return super().forward(x.float())
+    r = rounding(Insists(2, 2), Insists(2, 2), torch.ones(1,2))
+    assert r.original is None and 'float64' not in str(r) and r.difference>0
+
+def test_500_norms_are_a_short_report(deep):
+    assert len(deep.to_df())==500 and len(deep.plan.kept)==10
+    assert len(folded_rows(deep.plan))==11 and len(kept_rows(deep.plan))==2
+    assert sum(int(r[1]) for r in folded_rows(deep.plan)[1:])==490 and kept_rows(deep.plan)[1][1]=='10'
+    assert len(str(deep).splitlines())<40 and max(map(len, str(deep).splitlines()))<200
+    assert len(deep._repr_html_())<20_000
+
+def test_many_reasons_are_cut_with_a_pointer_to_all(deep):
+    from fasterfold.plan import FoldPlan,Folded,Kept
+    plan = FoldPlan([Folded(f'm{i}', [f'c{i}'], 'back') for i in range(40)], [Kept(f'k{i}', f'reason {i}') for i in range(40)])
+    for rows in (folded_rows(plan),kept_rows(plan)):
+        assert len(rows)==13 and rows[-1][0]=='and 29 more' and sum(int(r[1]) for r in rows[1:])==40
+    assert 'to_df()' in kept_rows(plan)[-1][2]
+
+def test_nothing_to_fold():
+    model = nn.Linear(2, 2)
+    res = FoldReport(BN_Folder().plan(model, torch.ones(1,2)), (6,6), (24,24))
+    assert 'nothing to fold' in str(res) and 'nothing to fold' in res._repr_html_() and len(res.to_df())==0
+    plt.close(res.plot())
+    assert json.loads(res.to_json())['norms']==dict(found=0, folded=0, kept=0)
+
+class Balance(HTMLParser):
+    "Checks that tags open and close in pairs."
+    def __init__(self, page):
+        super().__init__()
+        self.open,self.links,self.text = [],[],''
+        self.feed(page)
+        self.close()
+        assert not self.open
+    def handle_starttag(self, tag, attrs):
+        self.links += [v for k,v in attrs if k in ('src','href','xlink:href')]
+        if tag!='meta': self.open.append(tag)
+    def handle_startendtag(self, tag, attrs): self.links += [v for k,v in attrs if k in ('src','href','xlink:href')]
+    def handle_endtag(self, tag): assert self.open.pop()==tag
+    def handle_data(self, data): self.text += data
+
+def test_page_is_whole_and_needs_nothing_else(deep, tmp_path):
+    page = Balance(deep.save(tmp_path/'report.html').read_text(encoding='utf8'))
+    assert all(o.startswith('#') for o in page.links)
+    assert '9.49.1' in page.text and '500 norms' in page.text
+    Balance(deep._repr_html_())
+
+def test_names_are_escaped(deep):
+    from fasterfold.plan import FoldPlan,Kept
+    res = FoldReport(FoldPlan([], [Kept('<b>', 'a < b & c')]), (1,1), (4,4), metrics={'<i>':(1,1)})
+    assert '<i>' in Balance(res._repr_html_()).text and '<b>' in Balance(res._repr_html_()).text
+
+def test_saving_is_all_or_nothing(deep, tmp_path, monkeypatch):
+    path = tmp_path/'report.html'
+    path.write_text('old')
+    def full(*args): raise OSError('disk full')
+    monkeypatch.setattr('os.replace', full)
+    with pytest.raises(OSError): deep.save(path)
+    assert path.read_text()=='old' and [o.name for o in tmp_path.iterdir()]==['report.html']
+    monkeypatch.undo()
+    with pytest.raises(FileNotFoundError): deep.save(tmp_path/'nowhere'/'report.html')
+    assert not plt.get_fignums()
+
+def test_json_has_every_number(deep):
+    res = json.loads(deep.to_json())
+    assert res['norms']==dict(found=500, folded=490, kept=10) and len(res['layers'])==500
+    one = res['latency']['1 item']
+    assert one['original']['ratio']==1 and one['folded']['runs']==len(one['folded']['times'])>0
+    assert one['folded']['threads']==torch.get_num_threads() and one['folded']['device']=='cpu'
+    assert res['metrics']['none']==dict(before=None, after=None) and res['metrics']['accuracy']==dict(before=.75, after=.75)
+    assert set(res['rounding'])=={'difference','original','folded','scale'} and res['parameters']['after']<res['parameters']['before']
+
+def luminance(c):
+    r,g,b = (v/12.92 if v<=.04045 else ((v+.055)/1.055)**2.4 for v in to_rgb(c))
+    return .2126*r+.7152*g+.0722*b
+
+def contrast(a, b):
+    "As the Web Content Accessibility Guidelines define it."
+    hi,lo = sorted((luminance(a),luminance(b)), reverse=True)
+    return (hi+.05)/(lo+.05)
+
+@pytest.mark.parametrize('style', ['default','dark_background'])
+def test_picture_is_legible_and_nothing_is_clipped(deep, style):
+    with plt.style.context(style):
+        fig = deep.plot()
+        fig.canvas.draw()
+        drawn,page,back = fig.get_tightbbox(),fig.get_size_inches(),fig.get_facecolor()
+        assert drawn.x0>=0 and drawn.y0>=0 and drawn.x1<=page[0] and drawn.y1<=page[1]
+        texts = [t for t in fig.findobj(plt.Text) if t.get_text().strip()]
+        assert len(texts)>20
+        for t in texts: assert contrast(t.get_color(), back)>4.5, t
+        for bar in fig.findobj(plt.Rectangle):
+            if bar.get_label()=='_nolegend_' and bar.get_height()==.32: assert contrast(bar.get_facecolor(), back)>3
+        plt.close(fig)
