@@ -75,6 +75,7 @@ class Affine:
     def __call__(self, x):
         y = x*self.scale
         return y.add_(self.shift) if self.shifts else y
+    def rows(self, i, n): return Affine(*[t[i:i+n] if t.dim() and t.shape[0]>1 else t for t in (self.scale,self.shift)])
     def __matmul__(self, other): return Affine(self.scale*other.scale, self.scale*other.shift + self.shift).collapse()
     def __eq__(self, other):
         if not isinstance(other, Affine) or self.rank!=other.rank: return False
