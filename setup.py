@@ -1,4 +1,5 @@
 "Hands setuptools the metadata of `settings.ini`: the fields that `pyproject.toml` lists as dynamic."
+import re
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import setup
@@ -8,8 +9,13 @@ ini = ConfigParser(delimiters=['='], interpolation=None)
 ini.read(here/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
 
+# A package index shows the README alone, so its links must say where the rest is
+readme = (here/'README.md').read_text(encoding='utf-8')
+for kind,pre in (('raw', r'!\[[^]]*\]\('), ('blob', r'(?<!!)\[[^]]*\]\(')):
+    readme = re.sub(fr"({pre})(?![a-z]+:|#)", fr"\g<1>{cfg['url']}/{kind}/main/", readme)
+
 setup(version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'].split(), author=cfg['author'],
-    long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
+    long_description=readme, long_description_content_type='text/markdown',
     license_expression=cfg['license'], project_urls={'Repository': cfg['url']},
     classifiers=cfg['classifiers'].strip().splitlines(), python_requires=cfg['python'],
     install_requires=cfg['requirements'].split(),
