@@ -45,7 +45,8 @@ docs: $(READY) ## Build the site into docs/_build
 zoo: $(PEERS) ## Fold model zoos, side by side with other tools
 	$(BIN)/python benchmarks/zoo.py $(ARGS)
 
-bench: $(PEERS) ## Measure latency, side by side with other tools and engines
+bench: $(PEERS) ## Measure folding and latency, side by side with other tools and engines
+	$(BIN)/python benchmarks/fold.py $(ARGS)
 	$(BIN)/python benchmarks/latency.py $(ARGS)
 
 export: $(READY) ## Write fasterfold/*.py from the notebooks, and clean these

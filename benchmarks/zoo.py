@@ -22,11 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
+from common import hostile, results, table
 from peers import Peer, load_peers, peers
 
 root = Path(__file__).parents[1]
 work = root/'benchmarks'/'.zoo'   # The log of what has been measured, and the sizes of timm's models
-results = root/'docs'/'results'
 cpu_secs,gigabytes,patience = 60,10,10 # Limits of one step; wall time may be `patience` times the CPU time
 wrong_above = 1e-6 # Relative error in float64 from which a fold is wrong; that of a right one is near 1e-13
 
@@ -141,45 +141,6 @@ def fastai_models():
     return res
 
 collections = dict(fastai=fastai_models, torchvision=torchvision_models, timm=timm_models)
-
-# ---- Hostile weights
-
-def _channel_stats(x, n):
-    "Mean and biased variance of `x` over all axes but its channel axis, which is the second if it has `n` elements, else the last"
-    x = x.transpose(0, 1 if x.ndim>1 and x.shape[1]==n else -1).flatten(1)
-    return x.mean(1),x.var(1, correction=0)
-
-def hostile(
-    model:nn.Module, # In eval, changed in place
-    sample:tuple,    # Its arguments
-    seed:int,        # Of the random numbers
-):
-    """Give `model` weights as after a troubled training, under which activations stay finite.
-
-    No parameter stays constant, so that no branch is multiplied by zero or by a gate near zero and hidden from the comparison.
-    Norms get weights of either sign, some of them zero, and statistics around those of their input: mean ± a third of a
-    standard deviation, variance times 0.5 to 2."""
-    g = torch.Generator().manual_seed(seed)
-    def _uniform(n, a, b): return torch.rand(n, generator=g)*(b-a) + a
-    def _stats(m, args):
-        handles.pop(m).remove()
-        mean,var = _channel_stats(args[0].float(), len(m.running_mean))
-        var = (var+var.mean())/2 # no channel of a small batch is constant then
-        var = torch.where(var>0, var, 1.)
-        m.running_mean.copy_(mean + torch.randn(len(mean), generator=g)*var.sqrt()/3)
-        m.running_var.copy_(var*_uniform(len(var), 0.5, 2))
-    norms = [m for m in model.modules() if getattr(m, 'running_mean', None) is not None]
-    scales = {id(m.weight) for m in norms if getattr(m, 'weight', None) is not None}
-    handles = {m: m.register_forward_pre_hook(_stats) for m in norms}
-    with torch.no_grad():
-        for p in model.parameters():
-            if id(p) in scales:
-                sign = 1 - 2*(_uniform(p.shape, 0, 1)<0.1).float()
-                p.copy_(_uniform(p.shape, 0.5, 1.5)*sign*(_uniform(p.shape, 0, 1)>0.02))
-            elif (p==0).all() or (p.numel()>1 and (p==p.flatten()[0]).all()):
-                p.copy_(torch.randn(p.shape, generator=g)*0.1 if p.ndim>1 or (p==0).all() else _uniform(p.shape, 0.5, 1.5))
-        model(*sample)
-    for h in handles.values(): h.remove() # of norms that did not run
 
 # ---- Measuring
 
@@ -323,10 +284,21 @@ def measure_model(
 
 # ---- The log and the tables
 
+def _log(): return (work/'log.jsonl').read_text() if (work/'log.jsonl').exists() else ''
+
+def _published():
+    "The rows of which zoo.json was made: the log of whoever measured them may be elsewhere"
+    if not (results/'zoo.json').exists(): return
+    z = json.loads((results/'zoo.json').read_text())
+    for m in z['models']:
+        key = f"{m['collection']}/{m['name']}"
+        yield dict(key=key, tool='original', **{k: m[k] for k in ('params','norms','own')})
+        for t,r in m['tools'].items(): yield dict(key=key, tool=t, version=z['releases'][t], **r)
+    for m in z['unmeasured']: yield dict(key=f"{m['collection']}/{m['name']}", tool='original', params=m['params'], over=m['why'])
+
 def read_log():
-    "The last row of each (model, tool)"
-    if not (work/'log.jsonl').exists(): return {}
-    rows = [json.loads(o) for o in (work/'log.jsonl').read_text().splitlines()]
+    "The last row of each (model, tool): of the log, or else of the published results"
+    rows = [*_published(), *map(json.loads, _log().splitlines())]
     return {(o['key'],o['tool']): o for o in rows}
 
 def write_log(row):
@@ -354,13 +326,6 @@ def run_zoo(
 def _pct(a, b): return f'{a/b:.1%}' if b else '–'
 def _median(o): return statistics.median(o) if o else None
 def _fmt(o, spec): return '–' if o is None else format(o, spec)
-
-def _table(head, rows):
-    "A Markdown table, numbers to the right"
-    cells = [[str(o).replace('|', '\\|') for o in r] for r in rows]
-    right = [all(re.match(r'[\d–]', r[i]) for r in cells) for i in range(len(head))]
-    lines = [head, ['---:' if o else '---' for o in right], *cells]
-    return '\n'.join('| ' + ' | '.join(o) + ' |' for o in lines)
 
 def summarise(
     models:list # As in zoo.json
@@ -430,21 +395,21 @@ def _page(z):
     def _sums(o): return o['zoo'],o['tool'],o['models'],f"{o['norms']:,}",f"{o['removed']:,}",_pct(o['removed'], o['norms'])
     def _faults(o): return o['crashes'],o['wrong'],o['over'],_fmt(o['seconds'], '.2f'),_fmt(o['error_ratio'], '.2f')
     head = 'zoo,tool,models,norm calls,removed,%,crashes,wrong,over limits,median s to fold,median error ÷ own'.split(',')
-    summary = _table(head, [[*_sums(o), *_faults(o)] for o in z['summary']])
+    summary = table(head, [[*_sums(o), *_faults(o)] for o in z['summary']])
     releases = ', '.join(f'{k} {v}' for k,v in z['releases'].items())
     parts = ['# The zoos, side by side', f'{releases}. What each column counts is in benchmarks/README.md.', summary]
     if z['reasons']:
         rows = [[o['calls'],o['norms'],o['reason'],_few(o['models'])] for o in z['reasons']]
-        parts += ['## Norms fasterfold keeps, and why', _table(['calls','norms','reason','models'], rows)]
+        parts += ['## Norms fasterfold keeps, and why', table(['calls','norms','reason','models'], rows)]
     if z['peers_ahead']:
         rows = [[_name(o),o['tool'],o['norms'],o['left'],o['ours']] for o in z['peers_ahead']]
-        parts += ['## Where a peer leaves fewer norms', _table(['model','tool','norms','it leaves','fasterfold leaves'], rows)]
+        parts += ['## Where a peer leaves fewer norms', table(['model','tool','norms','it leaves','fasterfold leaves'], rows)]
     for tool in peers:
         rows = [[_name(o),o['outcome'],o['why']] for o in z['failed'] if o['tool']==tool]
-        if rows: parts += [f'## {tool}: crashed, wrong or over the limits', _table(['model','outcome','with'], rows)]
+        if rows: parts += [f'## {tool}: crashed, wrong or over the limits', table(['model','outcome','with'], rows)]
     if z['unmeasured']:
         rows = [[_name(o),_fmt(o['params'], ',d'),o['why']] for o in z['unmeasured']]
-        parts += ['## Not measured: the model itself is over the limits or does not run', _table(['model','parameters','why'], rows)]
+        parts += ['## Not measured: the model itself is over the limits or does not run', table(['model','parameters','why'], rows)]
     return '\n\n'.join(parts) + '\n'
 
 @call_parse

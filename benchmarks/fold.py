@@ -1,0 +1,177 @@
+"""What folding costs: seconds next to the other tools, memory, and how both grow with the model.
+
+Everything is compared within one run, in turns. README.md here says what is counted."""
+import os
+os.environ.setdefault('KINETO_LOG_LEVEL', '5') # before torch: its profiler has nothing to say
+
+import gc, warnings
+from pathlib import Path
+
+import torch
+from fastcore.script import call_parse, store_true
+from torch.autograd.profiler import profile, record_function
+from torchvision.models import get_model
+from tqdm import tqdm
+
+from common import chain, described, environment, hostile, in_turns, load, ms, ratio, results, save, slope, stats, table, timer, times
+from fasterfold.fold import BN_Folder
+from fasterfold.report import count_parameters, model_size
+from fasterfold.trace import copy_model
+from peers import load_peers, peers
+
+all_models = 'resnet18','resnet50','mobilenet_v3_large','efficientnet_b0','regnet_y_800mf','wide_resnet50_2'
+depths = 100,300,1000,3000    # Norms in a chain of 16 channels
+widths = 64,128,256,512,1024  # Channels of a chain of 20 norms
+
+def build(
+    name:str, # A torchvision model
+    size:int, # Pixels along a side
+    batch:int # Images
+) -> tuple: # The model, in eval, and its sample, a tuple
+    "A model with hostile weights, the same ones each time"
+    torch.manual_seed(0)
+    model,sample = get_model(name, weights=None).eval(),(torch.randn(batch, 3, size, size),)
+    hostile(model, sample, 0)
+    return model,sample
+
+# ---- Time
+
+ours = 'fasterfold','fasterfold in place','fasterfold without proof'
+
+def speed(
+    name:str,  # A torchvision model
+    tools:dict,# name -> `Peer`
+    size:int,  # Pixels along a side
+    batch:int, # Images
+    turns:int,
+    tick       # Called after each measurement
+) -> dict: # A row of results
+    "Fold a model with each of the tools in turns, and run the original and the folded one between"
+    model,sample = build(name, size, batch)
+    folder = BN_Folder()
+    folded = folder.fold(model, sample)
+    def _fold(f): return timer('f(m, sample)', 'm = copy(model)', f=f, copy=copy_model, model=model, sample=sample)
+    def _run(m): return timer('model(*sample)', model=m, sample=sample)
+    timers = {k: _fold(o.fold) for k,o in tools.items()}
+    if 'fasterfold' in timers:
+        timers[ours[1]] = _fold(lambda m,s: BN_Folder().fold(m, s, inplace=True))
+        timers[ours[2]] = _fold(lambda m,s: BN_Folder(verify=False).fold(m, s))
+    timers.update({'run original': _run(model), 'run folded': _run(folded)})
+    with torch.no_grad(): res = in_turns(timers, turns, lambda t: t.timeit(1), tick)
+    t = {k: times(o) for k,o in res.items()}
+    checked = {k: [sum(o) for o in zip(t[k], t['run original'], t['run folded'])] for k in t if k in peers and k not in ours}
+    best = min(checked, key=lambda k: stats([checked[k]])['median'], default=None)
+    return dict(model=name, input=[batch,3,size,size], parameters=count_parameters(model), norms=folder.result.calls,
+        proof='float64' if folder.result.proof.exact is not None else 'own dtype', seconds={k: stats(o) for k,o in res.items()},
+        fastest=best, ratio=ratio(t[ours[0]], checked[best]) if best and ours[0] in t else None)
+
+# ---- Memory
+
+def memory(
+    name:str, # A torchvision model
+    size:int, # Pixels along a side
+    batch:int # Images
+) -> dict: # A row of results, in bytes
+    """Tensor memory that a forward pass takes at its peak, and that folding in place takes.
+
+    PyTorch's profiler sees every tensor that is allocated and freed, also inside kernels and in float64 copies. The model is
+    built under it too, so that it knows the size of what is freed later."""
+    with profile(use_kineto=True, profile_memory=True) as prof:
+        model,sample = build(name, size, batch)
+        with torch.no_grad(): model(*sample) # what libraries set up once
+        with record_function('forward'), torch.no_grad(): model(*sample)
+        before,folder = model_size(model),BN_Folder()
+        with record_function('fold'): folder.fold(model, sample, inplace=True)
+        edited = sum(v.tensor.nbytes for v in folder.result.edits if v.tensor is not None)
+        proof = folder.result.proof.exact is not None
+        with record_function('drop'): del folder
+        with record_function('collect'): gc.collect()
+        after = model_size(model)
+    events = prof.kineto_results.events()
+    changes = sorted(((e.start_ns(), e.nbytes()) for e in events if e.name()=='[memory]'), key=lambda o: o[0])
+    def _during(stage):
+        "Bytes at the peak and at the end of `stage`, over those at its start"
+        e = next(o for o in events if o.name()==stage)
+        now = peak = 0
+        for at,n in changes:
+            if e.start_ns()<=at<=e.start_ns()+e.duration_ns(): peak = max(peak, now := now+n)
+        return peak,now
+    (forward,_),(fold,held),(_,drop),(_,collect) = map(_during, ('forward','fold','drop','collect'))
+    held -= after-before
+    return dict(model=name, input=[batch,3,size,size], proof='float64' if proof else 'own dtype', parameters=before, edited=edited,
+        forward=forward, fold=fold, ratio=fold/(edited+forward), held=held, left=held+drop, leaked=held+drop+collect)
+
+# ---- Growth
+
+def growth(
+    chains:list, # (depth, width) of each
+    turns:int,
+    tick         # Called after each measurement
+) -> list: # Rows of results
+    "Fold plain chains of several sizes in turns"
+    built = [chain(*o) for o in chains]
+    timers = {o: timer('fold(*built)', fold=lambda m,s: BN_Folder().fold(m, s), built=b) for o,b in zip(chains, built)}
+    res = in_turns(timers, turns, lambda t: t.timeit(1), tick)
+    def _row(o, b):
+        per_norm = [t/o[0] for t in times(res[o])]
+        first = [t/chains[0][0] for t in times(res[chains[0]])]
+        return dict(depth=o[0], width=o[1], parameters=count_parameters(b[0]), **stats(res[o]), per_norm=stats([per_norm])['median'], ratio=ratio(per_norm, first))
+    return [_row(*o) for o in zip(chains, built)]
+
+# ---- The page
+
+def page(
+    res:dict # As in fold.json
+) -> str:
+    "The results as Markdown"
+    parts = ['# What folding costs', f"{described(res['environment'])}. What each column counts is in benchmarks/README.md."]
+    def _mb(n): return f'{n/2**20:.1f}'
+    if rows := res['speed']:
+        names = list(rows[0]['seconds'])
+        def _row(r): return r['model'],r['norms'],*(ms(r['seconds'][k]['median']) for k in names),r['proof'],r['fastest'] or '–',f"{r['ratio'][1]:.2f}" if r['ratio'] else '–'
+        parts += ['## Milliseconds to fold', table(['model','norms',*names,'proof in','fastest peer','ratio'], map(_row, rows))]
+        if ratios := [r['ratio'][1] for r in rows if r['ratio']]:
+            parts.append(f'Median ratio of folding with proof to the fastest peer and two forward passes: {stats([ratios])["median"]:.2f}.')
+    if rows := res['memory']:
+        def _row(r): return r['model'],r['proof'],*(_mb(r[k]) for k in ('parameters','edited','forward','fold')),f"{r['ratio']:.2f}",*(_mb(r[k]) for k in ('held','left','leaked'))
+        parts += ['## Megabytes to fold in place', table('model,proof in,parameters,edited,forward pass,peak,ratio,kept for undo,left,leaked'.split(','), map(_row, rows))]
+    for k,title in ('depth','Growth with depth'),('width','Growth with width'):
+        if rows := res[k]:
+            def _row(r): return r['depth'],r['width'],f"{r['parameters']:,}",ms(r['median']),ms(r['per_norm']),f"{r['ratio'][1]:.2f}"
+            x = [r['depth'] if k=='depth' else r['parameters'] for r in rows]
+            parts.append(f'## {title}')
+            parts.append(table(['norms','channels','parameters','ms','ms per norm','ratio to the first'], map(_row, rows)))
+            if len(rows)>1: parts.append(f"Time grows as {'norms' if k=='depth' else 'parameters'} to the power {slope(x, [r['median'] for r in rows]):.2f}.")
+    return '\n\n'.join(parts) + '\n'
+
+@call_parse
+def main(
+    tools:str=','.join(peers),    # Tools to fold with, comma-separated
+    models:str=','.join(all_models),  # torchvision models to fold, comma-separated
+    size:int=224,     # Pixels along a side of the images
+    batch:int=8,      # Images in the sample
+    turns:int=5,      # How often each measurement is taken
+    threads:int=0,    # CPU threads; 0 is PyTorch's choice
+    quick:store_true=False, # Only try whether it runs: two turns, small chains?
+    out:Path=results/'fold.json', # File to write; a page goes beside it
+):
+    "Measure what folding costs, and write docs/results/fold.json and fold.md"
+    warnings.simplefilter('ignore')
+    if threads: torch.set_num_threads(threads)
+    names,tools,turns = models.split(','),load_peers(tools.split(',')),2 if quick else turns
+    env = environment(['torch','torchvision',*dict.fromkeys(peers[o][0] for o in tools if peers[o][0]!='torch')])
+    res = dict(environment=env, speed=[], memory=[], depth=[], width=[]) | load(out, env)
+    def _put(kind, row): res[kind] = [r for r in res[kind] if r['model']!=row['model']] + [row]
+    deep,wide = [(o,16) for o in (depths[:1]*quick or depths)],[(20,o) for o in (widths[:1]*quick or widths)]
+    timed = len(tools) + 2*('fasterfold' in tools) + 2
+    with tqdm(total=len(names)*(turns*timed+1) + turns*(len(deep)+len(wide))) as bar:
+        for o in names:
+            bar.set_postfix_str(o)
+            _put('speed', speed(o, tools, size, batch, turns, bar.update))
+            _put('memory', memory(o, size, batch))
+            bar.update()
+            save(out, res, page)
+        for k,chains in ('depth',deep),('width',wide):
+            bar.set_postfix_str(f'growth with {k}')
+            res[k] = growth(chains, turns, bar.update)
+            save(out, res, page)

@@ -1,0 +1,77 @@
+"The benchmarks run, and write what they say they write; how fast anything is, no test says."
+import json, subprocess, sys
+from pathlib import Path
+import pytest, torch
+from torch import nn
+from fasterfold.fold import BN_Folder
+
+root = Path(__file__).parents[1]
+sys.path.insert(0, str(root/'benchmarks'))
+import latency, zoo
+from common import chain, slope
+
+def measured(script, out, *args):
+    "What `script` writes to `out` when it is run with `args` in short turns, and the page beside it"
+    cmd = [sys.executable, root/'benchmarks'/f'{script}.py', '--tools', 'fasterfold', '--quick', '--threads', '1', '--out', out, *args]
+    res = subprocess.run(cmd, capture_output=True, text=True)
+    assert res.returncode==0, res.stderr
+    def _constant(o): raise ValueError(f'{o} is no JSON')
+    return json.loads(out.read_text(), parse_constant=_constant), out.with_suffix('.md').read_text()
+
+def test_fold(tmp_path):
+    res,page = measured('fold', tmp_path/'fold.json', '--models', 'resnet18', '--size', '32', '--batch', '1')
+    assert res['environment']['threads']==1 and 'torch' in res['environment']['releases']
+    (speed,),(memory,),(depth,),(width,) = (res[k] for k in ('speed','memory','depth','width'))
+    assert speed['model']==memory['model']=='resnet18' and speed['norms']==20
+    assert set(speed['seconds'])=={'fasterfold','fasterfold in place','fasterfold without proof','run original','run folded'}
+    assert memory['leaked']==0 < memory['held'] <= memory['fold'] and 0<memory['edited']<=memory['parameters']
+    assert depth['depth']==100 and width['width']==64
+    assert '| resnet18 | 20 |' in page
+
+def test_latency(tmp_path):
+    out = tmp_path/'latency.json'
+    res,page = measured('latency', out, '--models', 'tabular', '--engines', 'eager', '--device', 'cpu')
+    rows = {r['variant']: r for r in res['latency']}
+    assert set(rows)=={'original','fasterfold','no norms'} and not any('why' in r for r in rows.values())
+    assert rows['original']['error']==0 < rows['fasterfold']['error'] < 100*torch.finfo(torch.float32).eps
+    assert all(r['runs']>0 and len(r['ratio'])==len(r['ours'])==3 for r in rows.values())
+    assert '| tabular | 1 |' in page
+    latency.main('fasterfold', 'tabular', 'eager', 'cpu', threads=1, quick=True, out=out)
+    again = json.loads(out.read_text())
+    assert again['environment']==res['environment'] and len(again['latency'])==len(rows) # a row takes the place of the earlier one
+
+def test_latency_names_what_it_does_not_know(tmp_path):
+    with pytest.raises(SystemExit, match='Unknown: resnet99. Choose among vision_learner resnet18'): latency._chosen('resnet99', latency.all_models)
+
+@pytest.mark.parametrize('name', ['vision_learner resnet18','tabular','xresnet18','mobilenet_v3_large'])
+def test_normless(name):
+    model,sample = latency.build(name),latency.all_models[name][1](1)
+    folder = BN_Folder()
+    folded = folder.fold(model, sample)
+    limit = latency.normless(folded)
+    assert not folder.result.kept
+    assert not any(isinstance(m, (nn.Identity, nn.modules.batchnorm._NormBase)) for m in limit.modules())
+    with torch.no_grad(): assert torch.equal(limit(*sample), folded(*sample))
+
+def test_chain_is_well_conditioned():
+    model,sample = chain(200, 8)
+    double,x = model.double(),sample[0].double()
+    with torch.no_grad():
+        moved = double(x+(d:=torch.randn_like(x)))-double(x)
+        assert moved.norm()/d.norm()==pytest.approx(1, rel=200*torch.finfo(torch.float32).eps) # its weights are rounded
+
+def test_slope(): assert slope([1,2,4], [3,6,12])==pytest.approx(1)
+
+def test_zoo_goes_on_from_its_results(tmp_path, monkeypatch):
+    "Where the log is not, as in a fresh checkout, the published rows are not measured again"
+    monkeypatch.setattr(zoo, 'collections', dict(fastai=zoo.fastai_models))
+    for k in 'work','results': monkeypatch.setattr(zoo, k, tmp_path)
+    def _row(key, tool, **kw): return dict(key=key, tool=tool, **kw)
+    rows = [_row('fastai/tabular_default', 'original', params=10, norms=3, own=1e-7), _row('fastai/gan_critic', 'original', params=7, over='time'),
+        _row('fastai/tabular_default', 'fasterfold', version='1', outcome='right', seconds=.1, norms=0, error=1e-7, structural=1e-15)]
+    for r in rows: zoo.write_log(r)
+    zoo.merge()
+    (tmp_path/'log.jsonl').unlink()
+    assert zoo.read_log()=={(r['key'],r['tool']): r for r in rows}
+    zoo.write_log(newer := dict(rows[2], seconds=.2))
+    assert zoo.read_log()[newer['key'],newer['tool']]==newer
