@@ -26,7 +26,7 @@ $(PEERS): $(READY)
 setup: $(READY) ## Make .venv with fasterfold and its development tools in it
 
 demo: $(READY) ## Train a small learner, fold it, report (pass options in ARGS)
-	$(BIN)/fasterfold demo $(ARGS)
+	$(BIN)/fasterfold demo --force $(ARGS)
 
 # The tests run side by side: one thread each
 test-nbs test-py: export OMP_NUM_THREADS := 1
@@ -37,7 +37,7 @@ test-nbs: $(READY)
 	$(BIN)/nbdev-test --n-workers $(JOBS)
 
 test-py: $(READY)
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 docs: $(READY) ## Build the site into docs/_build
 	$(BIN)/python docs/build.py $(ARGS)

@@ -20,6 +20,7 @@ api_names = pages.api_names()
 myst_enable_extensions = ['dollarmath','colon_fence']
 myst_heading_anchors = 3
 nb_execution_mode = 'off' # nbdev-test has run them, and their outputs are kept
+nb_render_markdown_format = 'myst' # tables in outputs
 nb_merge_streams = True
 nb_ipywidgets_js = {} # no page needs a script from elsewhere
 nb_code_prompt_show = 'Source'
@@ -33,5 +34,5 @@ html_css_files = ['site.css']
 html_favicon = 'static/icon.svg'
 html_copy_source = html_show_sourcelink = False
 html_show_sphinx = False
-pygments_style,pygments_dark_style = 'friendly','github-dark'
+pygments_style,pygments_dark_style = 'a11y-high-contrast-light','github-dark'
 copybutton_exclude = '.linenos, .gp, .go'

@@ -124,7 +124,7 @@ def page_of(
             tags = ['remove-input'] if c.directives_.get('echo')=='false' else c.metadata.get('tags')
             meta = {'tags':tags} if tags else {}
             cells.append(nbformat.v4.new_code_cell(c.source, outputs=[nbformat.from_dict(o) for o in c.outputs], metadata=meta))
-    return nbformat.v4.new_notebook(cells=cells, metadata={'kernelspec':{'name':'python3','display_name':'python3'}, 'language_info':{'name':'python'}})
+    return nbformat.v4.new_notebook(cells=cells, metadata={'kernelspec':{'name':'python3','display_name':'python3'}, 'language_info':{'name':'python','pygments_lexer':'ipython3'}})
 
 def notebooks(): return [p for p in sorted((root/'nbs').rglob('*.ipynb')) if not any(o[0] in '._' for o in p.relative_to(root).parts)]
 

@@ -6,6 +6,7 @@ from urllib.parse import unquote, urldefrag, urljoin
 import nbformat, pytest
 import browser
 
+pytestmark = pytest.mark.xdist_group('site') # which is built once
 root = Path(__file__).resolve().parent.parent
 docs = root/'docs'
 sys.path.insert(0, str(docs))
@@ -81,7 +82,7 @@ _look = r'''(() => {
     let op = 1; for (let e = el; e; e = e.parentElement) op *= getComputedStyle(e).opacity
     const bg = behind(el), c = rgba(getComputedStyle(el).color), fg = over([c[0],c[1],c[2],c[3]*op], bg)
     const [hi,lo] = [lum(fg),lum(bg)].sort((a,b) => b-a), ratio = (hi+.05)/(lo+.05)
-    if (ratio<3) bad.push(ratio.toFixed(1)+' '+t.data.trim().slice(0,40))
+    if (ratio<4.5) bad.push(ratio.toFixed(1)+' '+t.data.trim().slice(0,40))
   }
   const broken = [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)
   return {bad:[...new Set(bad)], broken, wide:document.documentElement.scrollWidth - innerWidth}
@@ -100,7 +101,7 @@ def test_pages_in_browser(site, url, page, width, theme):
         outside = [r for r in page.requests if not r.startswith((url,'data:'))]
         res = page.errors+seen['bad']+seen['broken']+outside+([f"{seen['wide']} pixels too wide"] if seen['wide']>1 else [])
         if res: wrong[p] = res
-    assert not wrong
+    assert not wrong, json.dumps(wrong, indent=1)
 
 def test_theme_button(url, page):
     "The button goes through dark and light, whatever the system prefers."
@@ -133,7 +134,7 @@ def test_api_is_documented(site):
 
 def test_math_needs_no_script(site):
     text = (site/'how_it_works.html').read_text(encoding='utf-8')
-    assert text.count('<math')>5 and 'mathjax' not in text.lower()
+    assert text.count('<math')>5 and not re.search('<script[^>]*(mathjax|katex)', text, re.I)
 
 def test_readme_figures():
     "The table in the README is that of docs/results."
@@ -156,9 +157,9 @@ def test_latency_page(tmp_path):
 
 def test_long_description():
     "On a package index, links and pictures of the README lead somewhere."
-    text = importlib.import_module('importlib.metadata').metadata('fasterfold').get_payload()
-    if not text.strip(): pytest.skip('installed without its long description')
-    assert not re.search(r'\]\((?![a-z]+:|#)', text)
+    res = subprocess.run([sys.executable, '-W', 'ignore', 'setup.py', '--quiet', '--long-description'], cwd=root, capture_output=True, text=True)
+    text = res.stdout[res.stdout.index('# fasterfold'):]
+    assert text.count('](https://')>5 and not re.search(r'\]\((?![a-z]+:|#)', text)
 
 def test_readme_snippets(tmp_path, monkeypatch):
     "The README's Python runs as it stands, on a small learner and a small model."
@@ -174,7 +175,7 @@ def test_readme_snippets(tmp_path, monkeypatch):
     dls = ImageDataLoaders.from_folder(tmp_path/'data', valid_pct=.4, seed=0, bs=4, num_workers=0)
     ns = dict(dls=dls)
     exec(blocks[0].replace('resnet18, ', 'resnet18, pretrained=False, ').replace('fine_tune(3)', 'fine_tune(1)'), ns)
-    assert (tmp_path/'folded.pkl').exists() and not any('BatchNorm' in type(m).__name__ for m in ns['learn'].model.modules())
+    assert (ns['learn'].path/'folded.pkl').exists() and not any('BatchNorm' in type(m).__name__ for m in ns['learn'].model.modules())
     ns = dict(model=resnet18())
     exec(blocks[1], ns)
     assert len(ns['folder'].result.folded)==20 and ns['folded'] is not ns['model']
