@@ -41,8 +41,8 @@ def draw(
     skips = any(at[b][1]-at[a][1]>1 for a,b in arrows)
     width,height = cols*dx+(26 if skips else 0)+4,rows*dy+34
     res = [f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{html.escape(title)}" '
-           'style="max-width:100%;height:auto" font-family="system-ui,sans-serif" fill="currentColor">',
-           f'<text x="{8+w/2}" y="16" font-size="13" font-weight="600" text-anchor="middle">{html.escape(title)}</text>']
+        'style="max-width:100%;height:auto" font-family="system-ui,sans-serif" fill="currentColor">',
+        f'<text x="{8+w/2}" y="16" font-size="13" font-weight="600" text-anchor="middle">{html.escape(title)}</text>']
     for a,b in arrows:
         x1,y1,x2,y2 = x(a)+w/2,y(a)+h,x(b)+w/2,y(b)
         far = at[b][1]-at[a][1]>1 and at[a][0]==at[b][0]==0

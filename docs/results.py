@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 
 names = {'fasterai':'fasterai', 'torch.fx':'torch.fx', 'aimet':'AIMET', 'fasterfold':'fasterfold'}
-zoos = {'timm':'timm', 'torchvision':'torchvision', 'fastai':'fastai'}
+zoos = 'timm','torchvision','fastai'
 
 def load(path:Path): return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
 
@@ -35,9 +35,9 @@ def comparison(zoo:dict|None)->str:
     ms = common(zoo) if zoo else []
     if not ms: return 'No tools have been compared yet: `make zoo` does it.'
     rows = []
-    for zoo_,label in zoos.items():
-        some = [m for m in ms if m['collection']==zoo_]
-        if some: rows.append([f"norms removed, {label} ({len(some)} models, {sum(m['norms'] for m in some):,} norms)", *(f'{share(some, t):.0%}' for t in names)])
+    for z in zoos:
+        some = [m for m in ms if m['collection']==z]
+        if some: rows.append([f"norms removed, {z} ({len(some)} models, {sum(m['norms'] for m in some):,} norms)", *(f'{share(some, t):.0%}' for t in names)])
     rows.append(['models it crashed on', *(count(ms, t, 'crash') for t in names)])
     rows.append(['models it returned wrong', *(count(ms, t, 'wrong') for t in names)])
     if any(count(ms, t, 'over') for t in names): rows.append(['models too slow or too big for it', *(count(ms, t, 'over') for t in names)])
@@ -73,7 +73,7 @@ def _says(m, tool):
 def zoo_part(zoo:dict|None)->str:
     if not zoo or not common(zoo): return comparison(None)
     ms = common(zoo)
-    groups = [(label, [(n, share(some, t), t=='fasterfold') for t,n in names.items()]) for z,label in zoos.items() if (some := [m for m in ms if m['collection']==z])]
+    groups = [(z, [(n, share(some, t), t=='fasterfold') for t,n in names.items()]) for z in zoos if (some := [m for m in ms if m['collection']==z])]
     parts = [f"All tools folded the same {len(ms)} models, with the same weights. Those are random, those of the norms included, so that a norm lost or counted twice shows. "
         "What is counted is norm *calls* in one forward pass; a tool that crashes, or returns a model that computes something else, has removed none. "
         "What exactly was measured, and how to measure it again, is said in `benchmarks/README.md`.",
