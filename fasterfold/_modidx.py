@@ -317,6 +317,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fasterfold.trace.Tracer._exit_module': ('trace.html#tracer._exit_module', 'fasterfold/trace.py'),
                                   'fasterfold.trace.Tracer._made': ('trace.html#tracer._made', 'fasterfold/trace.py'),
                                   'fasterfold.trace.Tracer._op': ('trace.html#tracer._op', 'fasterfold/trace.py'),
+                                  'fasterfold.trace.Tracer._should_skip_dynamo': ( 'trace.html#tracer._should_skip_dynamo',
+                                                                                   'fasterfold/trace.py'),
                                   'fasterfold.trace.Tracer._watch': ('trace.html#tracer._watch', 'fasterfold/trace.py'),
                                   'fasterfold.trace.Tracer.value': ('trace.html#tracer.value', 'fasterfold/trace.py'),
                                   'fasterfold.trace.Value': ('trace.html#value', 'fasterfold/trace.py'),

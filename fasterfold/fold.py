@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only, tree_flatten
 from torch.utils.benchmark import Timer
 from .plan import FoldPlan, plan_folds
-from .trace import FoldError, Graph, as_args, check_model, copy_model, infer_sample, preserved, tensors_of, trace
+from .trace import FoldError, Graph, Tracer, as_args, check_model, copy_model, infer_sample, preserved, tensors_of, trace
 
 # %% ../nbs/04_fold.ipynb #026fdda5
-def _containers(m): return {k:v.copy() for k,v in vars(m).items() if isinstance(v, (dict,set))}
+def _containers(m): return {k:v.copy() if v else () for k,v in vars(m).items() if isinstance(v, (dict,set))}
 
 class Snapshot:
     "What is needed to give `model` back as it is now, bit for bit."
@@ -171,6 +171,7 @@ def compare_runs(
 class _Coarsest(TorchDispatchMode):
     "The machine epsilon of the coarsest floating point that runs."
     eps = 0.
+    _should_skip_dynamo = Tracer._should_skip_dynamo
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if any(isinstance(a, Tensor) and a.is_floating_point() for a in args):

@@ -190,6 +190,9 @@ class _Spelled(TorchFunctionMode):
 # %% ../nbs/01_trace.ipynb #b18e3624
 class Tracer(TorchDispatchMode):
     "Record the forward pass of `model` that runs inside it as `self.graph`."
+    @classmethod
+    def _should_skip_dynamo(cls): return False # else the first operation imports torch's compiler, which takes seconds
+
     def __init__(self,
         model:nn.Module, # Model whose parameters and modules are known by name
         sample=(), # What it will be called with
