@@ -309,6 +309,7 @@ def test_timm_refusals(small_timm, tmp_path):
 
 # The demo
 
+@pytest.mark.timeout(900) # trains for a minute of a free core
 def test_demo(tmp_path):
     "The main job, as a user runs it"
     res = call_process('demo', '--json', cwd=tmp_path)
