@@ -1,10 +1,5 @@
-"""The page of results, drawn from what the benchmarks wrote to docs/results
-
-`zoo.json` is what `benchmarks/zoo.py` writes. Each `latency-*.json` has `device`, `threads`, `versions` (a dict), and `rows`: dicts with
-`model`, `batch`, `engine` ('eager', …), `name` (what was timed; the first of a model is what the others are compared with), `median` and `iqr`
-in seconds, and `ratio`. A `note` may say more."""
+"The page of results, drawn from what the benchmarks wrote to docs/results: `zoo.json`, `latency-*.json` and `fold.json`"
 import html, json
-from itertools import groupby
 from pathlib import Path
 
 names = {'fasterai':'fasterai', 'torch.fx':'torch.fx', 'aimet':'AIMET', 'fasterfold':'fasterfold'}
@@ -48,7 +43,7 @@ def comparison(zoo:dict|None)->str:
 def bars(groups:list, show, label:str, top:float=None)->str:
     "Horizontal bars as SVG in the colours of the page: `groups` are pairs (heading, [(name, value, is it ours?)])."
     top = top or max((v for _,rows in groups for _,v,_ in rows), default=1)
-    y,res,width,left = 0,[],640,190
+    y,res,width,left = 0,[],440,150
     for head,rows in groups:
         y += 26
         res.append(f'<text x="0" y="{y-8}" font-weight="600">{html.escape(head)}</text>')
@@ -91,30 +86,77 @@ def zoo_part(zoo:dict|None)->str:
         parts.append(details(f'What went wrong: {len(rows)} crashes, wrong folds, and runs over the limits', ['model','tool','outcome','with'], rows))
     return '\n\n'.join(parts)
 
-def seconds(t:float)->str: return f'{t*1e3:.3g} ms' if t>=1e-3 else f'{t*1e6:.3g} µs'
+def seconds(t:float|None)->str: return '–' if t is None else f'{t:.3g} s' if t>=1 else f'{t*1e3:.3g} ms' if t>=1e-3 else f'{t*1e6:.3g} µs'
+
+def environment(e:dict)->str:
+    "On what it was measured."
+    return f"{e['device']}, {e['threads']} thread{'s'*(e['threads']!=1)}, Python {e['python']}, " + ', '.join(f'{k} {v}' for k,v in e['releases'].items())+'.'
+
+def grouped(rows:list, *keys)->dict:
+    "`rows` by the values of `keys`, in the order in which they come."
+    res = {}
+    for r in rows: res.setdefault(tuple(r[k] for k in keys), []).append(r)
+    return res
+
+def lines(
+    series:dict, # Name to points (x, y); those of ours have a name that starts with 'f'
+    xlabel:str,
+    label:str, # What the picture shows, for those who do not see it
+)->str:
+    "Curves from the origin as SVG in the colours of the page."
+    top_x,top_y = (max(p[i] for ps in series.values() for p in ps) for i in (0,1))
+    w,h,left,base = 420,220,70,190
+    at = lambda p: (left+(w-left-90)*p[0]/top_x, base-(base-14)*p[1]/top_y)
+    res = [f'<path d="M{left},8 V{base} H{w-80}" fill="none" stroke="currentColor" stroke-opacity=".5"/>',
+        f'<text x="{left-6}" y="22" text-anchor="end">{seconds(top_y)}</text><text x="{left-6}" y="{base}" text-anchor="end">0</text>',
+        f'<text x="{(left+w-80)/2}" y="{base+28}" text-anchor="middle">{html.escape(xlabel)}</text><text x="{w-90}" y="{base+15}" text-anchor="middle">{top_x:,}</text>']
+    for name,ps in series.items():
+        color,opacity = ('#3987e5',1) if name.startswith('f') else ('currentColor',.6)
+        pts = [at(p) for p in ps]
+        res.append(f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x,y in pts)}" fill="none" stroke="{color}" stroke-opacity="{opacity}" stroke-width="2"/>')
+        res += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}" fill-opacity="{opacity}"/>' for x,y in pts]
+        res.append(f'<text x="{pts[-1][0]+8:.1f}" y="{pts[-1][1]+4:.1f}">{html.escape(name)}</text>')
+    return (f'<svg class="lines" viewBox="0 0 {w} {h}" role="img" aria-label="{html.escape(label)}" font-family="system-ui,sans-serif" font-size="12" '
+        f'fill="currentColor">{"".join(res)}</svg>')
 
 def latency_part(path:Path)->str:
+    "Tables and bars of one device: each engine and type, then growth."
     d = load(path)
-    where = f"{d['device']}, {d['threads']} thread{'s'*(d['threads']!=1)}"
-    parts = [f'### {where}', ', '.join(f'{k} {v}' for k,v in d['versions'].items())+'.' , d.get('note', '')]
-    key = lambda r: (r.get('engine', 'eager'), r['batch'])
-    for (engine,batch),rows in groupby(sorted(d['rows'], key=key), key):
-        rows = list(rows)
-        models = list(dict.fromkeys(r['model'] for r in rows))
-        cols = list(dict.fromkeys(r['name'] for r in rows))
-        at = {(r['model'],r['name']):r for r in rows}
-        say = lambda r: '' if r is None else r.get('failed') or (f"{seconds(r['median'])}" if r['name']==cols[0] else f"{r['ratio']:.2f}×")
-        parts += [f'#### {engine}, batch {batch}', table(['model', *cols], [[m, *(say(at.get((m,c))) for c in cols)] for m in models], set(range(1, len(cols)+1))),
-            bars([(m, [(c, at[m,c]['ratio'], 'fasterfold' in c or 'folded' in c) for c in cols if (m,c) in at and 'ratio' in at[m,c]]) for m in models],
-                lambda v: f'{v:.2f}×', f'Time of each model by that of the first, {engine}, batch {batch}')]
-    return '\n\n'.join(filter(None, parts))
+    parts = [f"### {'GPU' if 'cuda' in d['environment'] else 'CPU'}", environment(d['environment'])]
+    for (engine,dtype),rows in grouped(d['latency'], 'engine', 'dtype').items():
+        cols = list(dict.fromkeys(r['variant'] for r in rows))
+        groups = {k:{r['variant']:r for r in rs} for k,rs in grouped(rows, 'model', 'batch').items()}
+        ratio = lambda r: '' if r is None else 'fails' if 'why' in r else f"{r['ratio'][1]:.2f}×"
+        out = [[m, n, seconds(g[cols[0]].get('median')), *(ratio(g.get(c)) for c in cols[1:])] for (m,n),g in groups.items()]
+        parts += [f'#### {engine}, {dtype}', table(['model','batch',*cols], out, set(range(1, len(cols)+2)))]
+        shown = [(f'{m}, batch {n}', [(c, g[c]['ratio'][1], 'fasterfold' in c) for c in cols if 'ratio' in g.get(c, {})]) for (m,n),g in groups.items()]
+        if shown: parts.append(f'<details class="long"{" open" if engine=="eager" else ""}><summary>As bars</summary>{bars(shown, lambda v: f"{v:.2f}×", f"Time by that of the original, {engine}, {dtype}")}</details>')
+    pics = [lines({k:[(r[x], r[k]['median']) for r in d[x]] for k in ('original','folded')}, f'{what} of a plain chain', f'Latency against {x}')
+        for x,what in (('depth','layers'),('width','channels')) if len(d.get(x, []))>1]
+    return '\n\n'.join(parts+(['#### Growth', '<div class="pics">'+''.join(pics)+'</div>'] if pics else []))
+
+def fold_part(d:dict|None)->str:
+    "What folding itself costs."
+    if not d: return 'Not measured yet: `python benchmarks/fold.py` does it.'
+    parts = [environment(d['environment'])]
+    if rows := d.get('speed'):
+        cols = list(rows[0]['seconds'])
+        out = [[r['model'], r['norms'], *(seconds(r['seconds'].get(c, {}).get('median')) for c in cols), f"{r['ratio'][1]:.2f}" if r['ratio'] else ''] for r in rows]
+        parts += ['Time to fold. The last column compares folding *with* its proof to the fastest other tool and the two forward passes that it takes to check that one by hand.',
+            table(['model','norms',*cols,'ratio'], out, set(range(1, len(cols)+3)))]
+    if rows := d.get('memory'):
+        mb = lambda n: f'{n/2**20:.1f}'
+        parts += ['Memory to fold in place, in MB. The ratio is that of the peak to edited parameters and one forward pass.',
+            table(['model','parameters','edited','forward pass','peak','ratio'], [[r['model'], *(mb(r[k]) for k in ('parameters','edited','forward','fold')), f"{r['ratio']:.2f}"] for r in rows], {1,2,3,4,5})]
+    pics = [lines({'folding':[(r[x], r['median']) for r in d[x]]}, f'{what} of a plain chain', f'Time to fold against {x}') for x,what in (('depth','norms'),('width','channels')) if len(d.get(x, []))>1]
+    return '\n\n'.join(parts+(['<div class="pics">'+''.join(pics)+'</div>'] if pics else []))
 
 def page(
     folder:Path, # Where the benchmarks write
 )->str: # Markdown
     "The page of results: whatever is there."
-    timed = sorted(folder.glob('latency-*.json'))
-    lat = '\n\n'.join(map(latency_part, timed)) or 'No latency has been measured yet: `make bench` does it.'
-    return '\n\n'.join(['# Results', '> What folding is worth, measured on public models, side by side with other tools.',
-        '## How many norms go', zoo_part(load(folder/'zoo.json')), '## How much faster', 'Times are medians, measured in turns. The first column is the time of one call; the others are its multiples, '
-        'so that less than 1 is faster.' if timed else '', lat])+'\n'
+    timed = '\n\n'.join(map(latency_part, sorted(folder.glob('latency-*.json'))))
+    says = 'Times are medians, measured in turns; the column of the original is the time of one call, the others are its multiples: less than 1 is faster. "no norms" is the same network built without any.'
+    parts = ['# Results', '> What folding is worth, measured on public models, side by side with other tools.', '## How many norms go', zoo_part(load(folder/'zoo.json')),
+        '## How much faster', *([says,timed] if timed else ['No latency has been measured yet: `make bench` does it.']), '## What folding costs', fold_part(load(folder/'fold.json'))]
+    return '\n\n'.join(parts)+'\n'

@@ -147,13 +147,19 @@ def test_results_without_measurements(tmp_path):
     text = results.page(tmp_path)
     assert 'make zoo' in text and 'make bench' in text
 
-def test_latency_page(tmp_path):
+def test_results_page(tmp_path):
+    "What the benchmarks write is what the page shows."
     import results
-    row = dict(model='net', batch=1, engine='eager', median=2e-3, iqr=1e-4)
-    d = dict(device='cpu', threads=2, versions=dict(torch='2'), rows=[row|dict(name='original', ratio=1.), row|dict(name='fasterfold', median=1e-3, ratio=.5)])
-    (tmp_path/'latency-cpu.json').write_text(json.dumps(d))
+    env = dict(device='a processor', threads=2, python='3.11', releases=dict(torch='2'))
+    row = dict(model='net', batch=1, engine='eager', dtype='float32')
+    grown = [dict(depth=n, width=n, original=dict(median=n*2e-3), folded=dict(median=n*1e-3), median=n*1e-3) for n in (10,20)]
+    rows = [row|dict(variant='original', median=2e-3, ratio=[1,1,1]), row|dict(variant='fasterfold', median=1e-3, ratio=[.4,.5,.6]), row|dict(variant='other', why='it raises')]
+    save = lambda name, **kw: (tmp_path/name).write_text(json.dumps(dict(environment=env, depth=grown, width=grown, **kw)))
+    save('latency-cpu.json', latency=rows)
+    save('fold.json', speed=[dict(model='net', norms=3, seconds=dict(fasterfold=dict(median=.1)), ratio=[.8,.9,1])], memory=[])
     text = results.page(tmp_path)
-    assert '2 ms' in text and '0.50×' in text and 'cpu, 2 threads' in text
+    for said in ('a processor, 2 threads','| net | 1 | 2 ms | 0.50× | fails |','| net | 3 | 100 ms | 0.90 |'): assert said in text
+    assert text.count('<polyline')==2*2+2
 
 def test_long_description():
     "On a package index, links and pictures of the README lead somewhere."
