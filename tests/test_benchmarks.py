@@ -53,12 +53,11 @@ def test_normless(name):
     assert not any(isinstance(m, (nn.Identity, nn.modules.batchnorm._NormBase)) for m in limit.modules())
     with torch.no_grad(): assert torch.equal(limit(*sample), folded(*sample))
 
-def test_chain_is_well_conditioned():
-    model,sample = chain(200, 8)
+def test_chain_shrinks_what_comes_in():
+    model,sample = chain(50, 8)
     double,x = model.double(),sample[0].double()
-    with torch.no_grad():
-        moved = double(x+(d:=torch.randn_like(x)))-double(x)
-        assert moved.norm()/d.norm()==pytest.approx(1, rel=200*torch.finfo(torch.float32).eps) # its weights are rounded
+    with torch.no_grad(): moved = double(x+(d:=torch.randn_like(x)))-double(x)
+    assert moved.norm()/d.norm()==pytest.approx(.9**50, rel=50*torch.finfo(torch.float32).eps) # its weights are rounded
 
 def test_slope(): assert slope([1,2,4], [3,6,12])==pytest.approx(1)
 
