@@ -75,7 +75,6 @@ class Affine:
     def __call__(self, x):
         y = x*self.scale
         return y.add_(self.shift) if self.shifts else y
-    def rows(self, i, n): return Affine(*[t[i:i+n] if t.dim() and t.shape[0]>1 else t for t in (self.scale,self.shift)])
     def __matmul__(self, other): return Affine(self.scale*other.scale, self.scale*other.shift + self.shift).collapse()
     def __eq__(self, other):
         if not isinstance(other, Affine) or self.rank!=other.rank: return False
@@ -165,6 +164,12 @@ def spread(
     "The map of the whole that does `a` to a part of it and nothing to the rest."
     def put(t, fill): return torch.full(_sized(t.shape, dim, n), fill, dtype=t.dtype).index_copy(dim, idx, t.expand(_sized(t.shape, dim, len(idx))))
     return Affine(put(a.scale, 1.), put(a.shift, 0.)).collapse()
+
+# %% ../nbs/00_affine.ipynb #eca1d6f7
+@patch
+def rows(self:Affine, i, n):
+    "The map of `n` rows from row `i` on; beyond the end there are none."
+    return Affine(*[t[i:i+n] if t.dim() and t.shape[0]>1 else t for t in (self.scale,self.shift)])
 
 # %% ../nbs/00_affine.ipynb #1333a591
 def broadcast(
