@@ -187,7 +187,7 @@ class _Spelled(TorchFunctionMode):
             x = x.index_select(-1-i, torch.arange(-pad[2*i], n+pad[2*i+1], device=x.device)%n)
         return x
 
-# %% ../nbs/01_trace.ipynb #b18e3624
+# %% ../nbs/01_trace.ipynb #ed85277f
 class Tracer(TorchDispatchMode):
     "Record the forward pass of `model` that runs inside it as `self.graph`."
     @classmethod
