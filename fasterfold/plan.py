@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['WAYS', 'Folded', 'Kept', 'FoldPlan', 'NormCall', 'norm_call', 'Planner', 'find_norms', 'plan_folds']
 
-# %% ../nbs/03_plan.ipynb #74da95d3
+# %% ../nbs/03_plan.ipynb #8996cf66
 import heapq, html, torch
 from collections import defaultdict
 from dataclasses import dataclass, field
-from fastcore.basics import patch
 from torch import nn, Tensor
+from fastcore.basics import patch
 from .affine import Affine
 from .trace import Graph, Value, Call, user_hooks
 from .rules import BESIDE, Blocked, Context, constant_map, pull_through, push_through, terms
 
-# %% ../nbs/03_plan.ipynb #d5d398f0
+# %% ../nbs/03_plan.ipynb #810c01a1
 @dataclass
 class Folded:
     "A norm that goes away."
@@ -49,22 +49,33 @@ class FoldPlan:
         return f"{len(self.folded)} of {len(self.folded)+len(self.kept)} norms fold" + (f", {len(self.kept)} stay" if self.kept else "")
     def rows(self):
         "One (norm, what, where or why) per norm."
-        return [(o.norm or '(the model)', 'folded '+o.direction, ', '.join(o.into)) for o in self.folded] + [(o.norm or '(the model)', 'kept', o.reason) for o in self.kept]
-    def to_df(self):
-        "One row per norm, as a pandas DataFrame."
-        import pandas as pd
-        return pd.DataFrame(self.rows(), columns=['norm','plan','into / because'])
-    def __str__(self):
-        rows = self.rows()
-        if not rows: return self.summary
-        w,v = (max(len(r[i]) for r in rows) for i in (0,1))
-        return '\n'.join([self.summary] + [f"{a:<{w}}  {b:<{v}}  {c}".rstrip() for a,b,c in rows])
-    def _repr_html_(self):
-        body = ''.join('<tr>' + ''.join(f'<td style="text-align:left">{html.escape(c)}</td>' for c in r) + '</tr>' for r in self.rows())
-        head = ''.join(f'<th style="text-align:left">{c}</th>' for c in ('norm','plan','into / because'))
-        return f"<p>{html.escape(self.summary)}</p>" + (f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" if body else '')
+        folded = [(o.norm or '(the model)', 'folded '+o.direction, ', '.join(o.into)) for o in self.folded]
+        return folded + [(o.norm or '(the model)', 'kept', o.reason) for o in self.kept]
 
-# %% ../nbs/03_plan.ipynb #7e458550
+# %% ../nbs/03_plan.ipynb #ca0c632e
+_columns = ('norm','plan','into / because')
+
+@patch
+def to_df(self:FoldPlan):
+    "One row per norm, as a pandas DataFrame."
+    import pandas as pd
+    return pd.DataFrame(self.rows(), columns=_columns)
+
+@patch
+def __str__(self:FoldPlan):
+    rows = self.rows()
+    if not rows: return self.summary
+    w,v = (max(len(r[i]) for r in rows) for i in (0,1))
+    return '\n'.join([self.summary] + [f"{a:<{w}}  {b:<{v}}  {c}".rstrip() for a,b,c in rows])
+
+@patch
+def _repr_html_(self:FoldPlan):
+    def row(tag, cells): return '<tr>' + ''.join(f'<{tag} style="text-align:left">{html.escape(c)}</{tag}>' for c in cells) + '</tr>'
+    body = ''.join(row('td', r) for r in self.rows())
+    table = f"<table><thead>{row('th', _columns)}</thead><tbody>{body}</tbody></table>" if body else ''
+    return f"<p>{html.escape(self.summary)}</p>{table}"
+
+# %% ../nbs/03_plan.ipynb #03012c87
 @dataclass(eq=False)
 class NormCall:
     "One call of a norm: `y = affine(x)`, then the children `stay`."
@@ -84,23 +95,26 @@ class NormCall:
             else: todo += v.op.inputs
         return res
 
-    def affine(self, ctx):
-        "The map with the weights as they are in `ctx`, None if these operations are no map. Raises `Blocked` if it is no fixed one."
-        maps = {self.x: Affine.identity(self.x.rank)}
-        for o in sorted(self.ops, key=lambda o: o.index):
-            ins = [v for v in o.inputs if not v.const]
-            if not ins: continue
-            if any(v not in maps for v in ins): return None
-            found = constant_map(o, ctx)
-            if found is not None: maps[o.out] = found[1]@maps[found[0]]
-            else:
-                outs,asks = push_through(o, {ins[0]:maps[ins[0]]}, ctx)
-                if asks: return None
-                maps[o.out] = outs[0][1] if outs else Affine.identity(o.out.rank)
-        return maps.get(self.y)
+# %% ../nbs/03_plan.ipynb #8815ad18
+@patch
+def affine(self:NormCall, ctx):
+    "The map with the weights as they are in `ctx`, None if these operations are no map. Raises `Blocked` if it is no fixed one."
+    maps = {self.x: Affine.identity(self.x.rank)}
+    for o in sorted(self.ops, key=lambda o: o.index):
+        ins = [v for v in o.inputs if not v.const]
+        if not ins: continue
+        if any(v not in maps for v in ins): return None
+        found = constant_map(o, ctx)
+        if found is not None: maps[o.out] = found[1]@maps[found[0]]
+        else:
+            outs,asks = push_through(o, {ins[0]:maps[ins[0]]}, ctx)
+            if asks: return None
+            maps[o.out] = outs[0][1] if outs else Affine.identity(o.out.rank)
+    return maps.get(self.y)
 
+# %% ../nbs/03_plan.ipynb #a7103b92
 _scaling = ('mul','div','addcmul')
-def _scales(o): return o.name.endswith('batch_norm') or '_batch_norm' in o.name or (o.name in _scaling and any(v.const for v in o.inputs))
+def _scales(o): return 'batch_norm' in o.name or o.name in _scaling and any(v.const for v in o.inputs)
 
 def norm_call(
     call:Call, # Any module call
@@ -118,46 +132,49 @@ def norm_call(
     if v is not call.out or y.shape!=x.shape or any(c.ops and c.ops[0].index<own[-1].index for c in call.children): return None
     return NormCall(call, x, y, set(call.ops), stay)
 
-# %% ../nbs/03_plan.ipynb #ab705807
+# %% ../nbs/03_plan.ipynb #e75b074a
 class Planner:
     "The state of planning one traced model."
     def __init__(self,
         graph:Graph, # A traced forward pass
     ):
-        self.graph,self.edits,self.sources,self.root,self.members,self.gone = graph,{},{},{},{},set()
-        self.homes,self.twins,values = {},defaultdict(list),defaultdict(set)
+        self.graph,self.edits,self.sources = graph,{},{}
+        self.root,self.members,self.gone = {},{},set() # value to the one it became part of, and back; operations that are gone
+        self.homes = {} # storage to all that became one with it
+        self.twins,self.writes,self.values = defaultdict(list),defaultdict(list),defaultdict(set) # by storage: leaves, writers, values
         for v in graph.leaves:
             if v.store>=0: self.twins[v.store].append(v)
-        self.writes = defaultdict(list)
         for o in graph.ops:
             for s in o.writes: self.writes[s].append(o)
             for v in (*o.inputs,*o.outs):
-                if v is not None: values[v.store].add(v)
-        self.values = values
+                if v is not None: self.values[v.store].add(v)
 
     def rep(self, v):
         "The value that is left of `v` after the norms that are gone."
         while v in self.root: v = self.root[v]
         return v
+
     def users(self, v):
         "The operations that read `v`, or the output of a norm that is gone and ran on `v`."
         return sorted({o for m in self.members.get(v, [v]) for o in m.users if o not in self.gone}, key=lambda o: o.index)
 
-# %% ../nbs/03_plan.ipynb #92ae91c2
+# %% ../nbs/03_plan.ipynb #778cc003
 @patch
 def read(self:Planner, v):
     "A constant value in float64, after the folds so far."
     if v.kind=='absent': t = torch.full(v.shape, v.fill, dtype=torch.float64)
     elif v.op is None:   t = v.tensor.detach()
-    elif v.op.name in ('_to_copy','to'): return self.read(v.op.args.self)
-    else:
-        given = {k:self._arg(a) for k,a in v.op.args.items()}
-        sig = v.op.func._schema.arguments
-        out = v.op.func(*[given[a.name] for a in sig if not a.kwarg_only], **{a.name:given[a.name] for a in sig if a.kwarg_only})
-        t = out if isinstance(out, Tensor) else [o for o in out if isinstance(o, Tensor)][v.op.outs.index(v)]
+    elif v.op.name in ('_to_copy','to'): return self.read(v.op.args.self) # casts would round
+    else: t = self._compute(v)
     t = t.to('cpu', torch.float64) if t.is_floating_point() else t.to('cpu')
     for a in self.edits.get(v, []): t = a(t)
     return t
+
+@patch
+def _compute(self:Planner, v):
+    sig,given = v.op.func._schema.arguments,{k:self._arg(a) for k,a in v.op.args.items()}
+    out = v.op.func(*[given[a.name] for a in sig if not a.kwarg_only], **{a.name:given[a.name] for a in sig if a.kwarg_only})
+    return out if isinstance(out, Tensor) else [o for o in out if isinstance(o, Tensor)][v.op.outs.index(v)]
 
 @patch
 def _arg(self:Planner, a):
@@ -165,9 +182,10 @@ def _arg(self:Planner, a):
     if isinstance(a, (list,tuple)): return [self._arg(o) for o in a]
     return torch.device('cpu') if isinstance(a, torch.device) else a
 
-# %% ../nbs/03_plan.ipynb #d583ec29
+# %% ../nbs/03_plan.ipynb #ad970fce
 @patch
 def _free(self:Planner, v):
+    "Raise `Blocked` if `v` is seen from outside."
     for m in self.members.get(v, [v]):
         if m.is_output: raise Blocked("the model returns what lies in between")
         if m.hooks: raise Blocked(f"{m.hooks[0]} sees what lies in between")
@@ -181,78 +199,113 @@ def _blind(self:Planner, o, v, a, ctx):
     except Blocked: return False
     return not outs and not asks
 
-# %% ../nbs/03_plan.ipynb #127378e9
+@patch
+def _agreed(self:Planner, v, a, met, inside, ctx):
+    "Raise `Blocked` if a reader of `v` would notice that it becomes `a(v)`."
+    for o in self.users(v):
+        if o in inside or met.get(o, {}).get(v)==a or self._blind(o, v, a, ctx): continue
+        raise Blocked(f"`{v.names[0]}` is also used by {o.label}" if v.is_leaf else f"its input also feeds {o.label}")
+
+# %% ../nbs/03_plan.ipynb #d8d83fae
+@patch
+def _alone(self:Planner, v):
+    "Raise `Blocked` if the parameter `v` is a view of another."
+    twins = [t for t in self.twins.get(v.store, []) if t is not v]
+    if twins: raise Blocked(f"`{v.names[0]}` shares its memory with `{twins[0].names[0]}`")
+
+@patch
+def _pull(self:Planner, v, a, inside, ctx):
+    "What `a` on `v` asks of the inputs of the operation that made `v`."
+    if v.op is None: raise Blocked("it reads a tensor that is no parameter")
+    if v.op in inside: raise Blocked("it runs on what it made before")
+    if len({self.rep(u) for u in v.op.inputs})<len(set(v.op.inputs)): raise Blocked(f"{v.op.label} reads it twice")
+    return pull_through(v.op, v, a, ctx)
+
+# %% ../nbs/03_plan.ipynb #826ced6b
 @patch
 def settle(self:Planner,
     asks, # Pairs (value, map wanted of it)
     met, # Operation to {value: map}: what operations on the way already count on
     inside, # Operations of the norm that goes
     ctx, # Context for the rules
-    why="its input also feeds {}", # What to say of a reader that would notice
 )->dict: # Parameter value to the map it gets
     "Meet every wanted map by edits of parameters. Raises `Blocked`."
-    wanted,heap,edits = {},[],{}
-    def ask(v, a, op=None):
-        v = self.rep(v)
-        if op is not None: met.setdefault(op, {})[v] = a
+    wanted,queue,edits = {},[],{}
+    def ask(v, a):
         if v not in wanted:
             wanted[v] = a
-            heapq.heappush(heap, (-v.index, len(wanted), v))
-        elif wanted[v]!=a: raise Blocked("different maps are wanted of one value" if not v.is_leaf else f"`{v.names[0]}` is used more than once, with different norms")
-    for v,a in asks: ask(v, a)
-    while heap:
-        v = heapq.heappop(heap)[-1]
+            heapq.heappush(queue, (-v.index, len(wanted), v))
+        elif wanted[v]!=a:
+            raise Blocked(f"`{v.names[0]}` is used more than once, with different norms" if v.is_leaf else "different maps are wanted of one value")
+    for v,a in asks: ask(self.rep(v), a)
+    while queue:
+        v = heapq.heappop(queue)[-1]
         a = wanted[v]
         self._free(v)
-        for o in self.users(v):
-            if o in inside: continue
-            if met.get(o, {}).get(v)==a: continue
-            if not self._blind(o, v, a, ctx): raise Blocked(why.format(o.label) if not v.is_leaf else f"`{v.names[0]}` is also used by {o.label}")
+        self._agreed(v, a, met, inside, ctx)
         if v.is_leaf:
-            twins = [t for t in self.twins.get(v.store, []) if t is not v]
-            if twins: raise Blocked(f"`{v.names[0]}` shares its memory with `{twins[0].names[0]}`")
+            self._alone(v)
             edits[v] = a
-        elif v.op is None: raise Blocked("it reads a tensor that is no parameter")
-        elif v.op in inside: raise Blocked("it runs on what it made before")
-        else:
-            if len({self.rep(u) for u in v.op.inputs})<len(set(v.op.inputs)): raise Blocked(f"{v.op.label} reads it twice")
-            for u,m in pull_through(v.op, v, a, ctx): ask(u, m, v.op)
+            continue
+        for u,m in self._pull(v, a, inside, ctx):
+            u = self.rep(u)
+            met.setdefault(v.op, {})[u] = m
+            ask(u, m)
     return edits
 
-# %% ../nbs/03_plan.ipynb #6c940b04
+# %% ../nbs/03_plan.ipynb #70e6472a
 @patch
 def back(self:Planner, calls, maps, side):
     "The edits that fold the norm `calls`, which do `maps`, into what comes before."
     return self.settle([(c.x,a) for c,a in zip(calls, maps)], {}, {o for c in calls for o in c.ops}, Context(self.read, side))
 
-# %% ../nbs/03_plan.ipynb #ca9193e0
+# %% ../nbs/03_plan.ipynb #09e4ea9d
 @patch
 def forward(self:Planner, calls, maps, side):
     "The edits that fold the norm `calls`, which do `maps`, into what comes after."
     ctx,inside = Context(self.read, side),{o for c in calls for o in c.ops}
-    carry,met,asks,heap,seen = {},{},[],[],set()
+    carry,met,asks,queue,seen = {},{},[],[],set()
     def bear(v, a):
         self._free(v)
         carry[v] = a
         for o in self.users(v):
             if o in inside: raise Blocked("it runs on what it made before")
-            if o not in seen: heapq.heappush(heap, (o.index, o))
+            if o not in seen: heapq.heappush(queue, (o.index, o))
             seen.add(o)
     for c,a in zip(calls, maps): bear(c.y, a)
-    while heap:
-        _,o = heapq.heappop(heap)
+    while queue:
+        o = heapq.heappop(queue)[-1]
         outs,need = push_through(o, {u:carry[self.rep(u)] for u in o.inputs if self.rep(u) in carry}, ctx)
         for v,a in outs: bear(self.rep(v), a)
-        for v,a in need:
-            met.setdefault(o, {})[self.rep(v)] = a
-            asks.append((v,a))
+        for v,a in need: met.setdefault(o, {})[self.rep(v)] = a
+        asks += need
     return self.settle(asks, met, set(), ctx)
 
-# %% ../nbs/03_plan.ipynb #f45b7dfa
+# %% ../nbs/03_plan.ipynb #1a16884d
+_nothing = "nothing beside it can take it up"
+
+def _sum_terms(op):
+    if op is None or op.name not in ('add','sub'): raise Blocked(_nothing)
+    (u,p),(v,q) = terms(op)
+    return u,p,v,q
+
+@patch
+def _added_to(self:Planner, y):
+    "The sum that alone reads `y`, `y` there and its sign, and the other term and its sign; sums with a 0 are passed."
+    while True:
+        self._free(y)
+        users = self.users(y)
+        op = users[0] if len(users)==1 else None
+        u,p,v,q = _sum_terms(op)
+        if not isinstance(u, Value) or self.rep(u) is not y: u,p,v,q = v,q,u,p
+        if isinstance(v, Value) or v!=0 or p!=1: return op,y,p,v,q
+        y = op.out
+
+# %% ../nbs/03_plan.ipynb #3e886ebc
 @patch
 def _add(self:Planner, v, a, x, reader, met, asks):
     "Collect in `asks` what makes `v`, which only `reader` reads, become `v + a(x)`; `met` is as in `settle`."
-    v,why = self.rep(v),Blocked("nothing beside it can take it up")
+    v,why = self.rep(v),Blocked(_nothing)
     if v.op is None or v.op.name not in BESIDE or self.users(v)!=[reader]: raise why
     self._free(v)
     for further,need in BESIDE[v.op.name](v.op, x, a, lambda u,v: self.rep(u) is self.rep(v)):
@@ -264,52 +317,44 @@ def _add(self:Planner, v, a, x, reader, met, asks):
         except Blocked as e: why = e
     raise why
 
-@patch
-def _sum(self:Planner, op, y):
-    "The other term of the sum `op` that reads or makes `y`, with the signs of both."
-    if op is None or op.name not in ('add','sub'): raise Blocked("nothing beside it can take it up")
-    (u,p),(v,q) = terms(op)
-    if y is not None and (not isinstance(u, Value) or self.rep(u) is not y): (u,p),(v,q) = (v,q),(u,p)
-    return u,p,v,q
-
-# %% ../nbs/03_plan.ipynb #9b49f262
+# %% ../nbs/03_plan.ipynb #02bd5fb4
 @patch
 def beside(self:Planner, calls, maps):
     "The edits that fold the norm `calls`, which do `maps`, into convolutions of the same input that are added to them."
     met,asks = {},[]
     for c,a in zip(calls, maps):
-        y,v = self.rep(c.y),0
-        while not isinstance(v, Value) and v==0: # blocks start their sums with a 0
-            self._free(y)
-            users = self.users(y)
-            _,p,v,q = self._sum(users[0] if len(users)==1 else None, y)
-            if p==1 and not isinstance(v, Value) and v==0: y = users[0].out
-        if not isinstance(v, Value) or self.rep(v) is y or v.shape!=c.y.shape: raise Blocked("nothing beside it can take it up")
-        self._add(v, Affine((a.scale-1)*p/q, a.shift*p/q).collapse(), c.x, users[0], met, asks)
+        op,y,p,v,q = self._added_to(self.rep(c.y))
+        if not isinstance(v, Value) or self.rep(v) is y or v.shape!=c.y.shape: raise Blocked(_nothing)
+        self._add(v, Affine((a.scale-1)*p/q, a.shift*p/q).collapse(), c.x, op, met, asks)
     return self.settle(asks, met, set(), Context(self.read))
 
-# %% ../nbs/03_plan.ipynb #de14de66
+# %% ../nbs/03_plan.ipynb #12187fe8
+@patch
+def _around_one(self:Planner, c, a, side, ctx):
+    y = self.rep(c.x)
+    self._free(y)
+    if set(self.users(y))-c.ops: raise Blocked("its input is read by others")
+    u,p,v,q = _sum_terms(y.op)
+    if side: u,p,v,q = v,q,u,p
+    both = isinstance(u, Value) and isinstance(v, Value) and u is not v and u.shape==v.shape==y.shape
+    if not both or v.const: raise Blocked("it comes after a sum with a constant")
+    met,asks = {},[]
+    self._add(u, Affine((a.scale-1)*q/p, torch.zeros_like(a.shift)).collapse(), v, y.op, met, asks)
+    edits = self.settle([(u,Affine(a.scale, a.shift/p))], {}, {y.op}, ctx)
+    for w,m in self.settle(asks, met, set(), ctx).items(): edits[w] = m@edits[w] if w in edits else m
+    return edits
+
 @patch
 def around(self:Planner, calls, maps, side):
     "The edits that fold the norm `calls`, which do `maps`, of a sum into one of its terms, where the other term is the input of a convolution in that one."
-    ctx,res = Context(self.read),{}
+    res = {}
     for c,a in zip(calls, maps):
-        y = self.rep(c.x)
-        self._free(y)
-        if set(self.users(y))-c.ops: raise Blocked("its input is read by others")
-        u,p,v,q = self._sum(y.op, None)
-        if side: u,p,v,q = v,q,u,p
-        if not isinstance(u, Value) or not isinstance(v, Value) or u is v or u.shape!=y.shape or v.shape!=y.shape or v.const: raise Blocked("it comes after a sum with a constant")
-        met,asks = {},[]
-        self._add(u, Affine((a.scale-1)*q/p, torch.zeros_like(a.shift)).collapse(), v, y.op, met, asks)
-        first = self.settle([(u,Affine(a.scale, a.shift/p))], {}, {y.op}, ctx)
-        then = self.settle(asks, met, set(), ctx)
-        for w,m in then.items(): first[w] = m@first[w] if w in first else m
-        if res.keys()&first.keys(): raise Blocked("it runs more than once")
-        res.update(first)
+        edits = self._around_one(c, a, side, Context(self.read))
+        if res.keys()&edits.keys(): raise Blocked("it runs more than once")
+        res.update(edits)
     return res
 
-# %% ../nbs/03_plan.ipynb #48e23083
+# %% ../nbs/03_plan.ipynb #8cd7df25
 @patch
 def _home(self:Planner, s): return self.homes.get(s, {s})
 
@@ -317,15 +362,16 @@ def _home(self:Planner, s): return self.homes.get(s, {s})
 def clash(self:Planner, calls):
     "Raise `Blocked` if an in-place write makes the input and output of these calls differ later."
     gone = self.gone | {o for c in calls for o in c.ops}
+    def read_after(v, w): return v.last_read==float('inf') or any(u.index>w.index for u in v.users if u not in gone)
     for c in calls:
         a,b = self._home(c.x.store),self._home(c.y.store)
         if a is b: continue
         for here,there in ((a,b),(b,a)):
             for w in (w for s in here for w in self.writes[s] if w not in gone):
-                for v in (v for s in there for v in self.values[s]):
-                    if v.time<w.index and (v.last_read==float('inf') or any(u.index>w.index for u in v.users if u not in gone)):
-                        raise Blocked(f"{w.label} writes in place to what is still needed afterwards")
+                if any(v.time<w.index and read_after(v, w) for s in there for v in self.values[s]):
+                    raise Blocked(f"{w.label} writes in place to what is still needed afterwards")
 
+# %% ../nbs/03_plan.ipynb #2a7064ef
 @patch
 def commit(self:Planner, name, calls, edits):
     "Make the fold of the norm `name` part of the state."
@@ -340,29 +386,29 @@ def commit(self:Planner, name, calls, edits):
         home = self._home(c.x.store)|self._home(c.y.store)
         for s in home: self.homes[s] = home
 
-# %% ../nbs/03_plan.ipynb #15aaecd8
+# %% ../nbs/03_plan.ipynb #4ed774ee
 def _may_go(planner, name, calls, maps):
-    "Raise `Blocked` if the norm `name` must stay whatever surrounds it."
+    "Raise `Blocked` if the norm `name` must stay whatever is around it."
     m,graph = calls[0].call.module,planner.graph
-    if name=='': raise Blocked("it is the whole model, and there is nothing around it to fold into")
     if name is None: raise Blocked("it is no part of the model")
+    if name=='': raise Blocked("it is the whole model, and there is nothing around it to fold into")
     for h in user_hooks(m): raise Blocked(f"a hook ({h}) watches it")
     if not all(a.finite for a in maps): raise Blocked("its statistics are not finite numbers")
     inside = {o for c in calls for o in (*c.call.ops,*[o for k in c.call.children for o in k.ops])}
-    for v in {v for c in calls for v in c.leaves()}:
+    for v in sorted({v for c in calls for v in c.leaves()}, key=lambda v: v.names):
         if len(v.names)!=len(graph.modules[m]): continue # tied: it remains elsewhere
         for o in v.users:
             if o not in inside: raise Blocked(f"its `{v.names[0].rpartition('.')[-1]}` is also read by {o.label}")
 
-# %% ../nbs/03_plan.ipynb #56d77e0f
+# %% ../nbs/03_plan.ipynb #82b820db
 WAYS = [('back',Planner.back,0), ('back',Planner.back,-1), ('forward',Planner.forward,0), ('forward',Planner.forward,-1),
     ('beside',Planner.beside), ('beside',Planner.around,0), ('beside',Planner.around,-1)]
 
 def _fold_norm(planner, name, calls):
     "Fold the norm `name` with its `calls`; returns `Folded`, or raises `Blocked`."
-    ctx,reasons = Context(planner.read),{}
-    maps = [c.affine(ctx) if c.leaves()&planner.edits.keys() else c.map for c in calls]
+    maps = [c.affine(Context(planner.read)) if c.leaves()&planner.edits.keys() else c.map for c in calls]
     _may_go(planner, name, calls, maps)
+    reasons = {}
     for direction,way,*side in WAYS:
         try:
             edits = way(planner, calls, maps, *side)
@@ -370,37 +416,41 @@ def _fold_norm(planner, name, calls):
         except Blocked as e: reasons.setdefault(direction, str(e))
         else:
             planner.commit(name, calls, edits)
-            return Folded(name, list(dict.fromkeys(v.names[0].rpartition('.')[0] or v.names[0] for v in edits)), direction, len(calls))
+            into = dict.fromkeys(v.names[0].rpartition('.')[0] or v.names[0] for v in edits)
+            return Folded(name, list(into), direction, len(calls))
     raise Blocked(', and '.join(dict.fromkeys((reasons['back'],reasons['forward']))))
 
-# %% ../nbs/03_plan.ipynb #6c3861b7
-def _is_norm(c, ctx, batch_norm):
-    "Set the map of `c`; is it one that a norm would have?"
-    if c is not None: c.map = c.affine(ctx)
-    return c is not None and c.map is not None and (batch_norm or c.map.scales)
+# %% ../nbs/03_plan.ipynb #a168c912
+def _read_norm(call, n, ctx):
+    "The norm that `call` is, or None; and for a call that runs `n` batch normalizations without being a norm, why not."
+    c = norm_call(call)
+    try:
+        if c is not None: c.map = c.affine(ctx)
+    except Blocked as e: return None, str(e) if n else None
+    if c is not None and c.map is not None and (n or c.map.scales): return c,None
+    return None, f"`batch_norm` is called as a function in `{type(call.module).__name__}.forward`, which cannot be edited" if n else None
 
 def find_norms(
     graph:Graph, # A traced forward pass
-)->tuple: # Norm module to its calls, and `Kept` norms that have no calls to fold
+)->tuple: # Norm module to its calls, and kept norms that have no calls to fold
     "The norms of a trace, by module."
-    norms,broken,ctx = defaultdict(list),{},Context(Planner(graph).read)
+    norms,broken,ctx = {},{},Context(Planner(graph).read)
     for call in graph.calls:
-        n = sum('batch_norm' in o.name and any(not v.const for v in o.inputs) for o in call.ops)
-        c,why = norm_call(call),f"`batch_norm` is called as a function in `{type(call.module).__name__}.forward`, which cannot be edited"
-        try: ok = _is_norm(c, ctx, n)
-        except Blocked as e: ok,why = False,str(e)
-        if ok: norms[call.module].append(c)
-        elif n: broken.setdefault(call.module, Kept(call.name or '', why, 0)).calls += n
+        m,n = call.module,sum('batch_norm' in o.name and any(not v.const for v in o.inputs) for o in call.ops)
+        c,why = _read_norm(call, n, ctx)
+        if c is not None: norms.setdefault(m, []).append(c)
+        elif why: broken.setdefault(m, Kept(call.name or '', why, 0)).calls += n
     ran = {c.module for c in graph.calls}
     idle = [Kept(names[0], "it did not run on the sample", 0) for m,names in graph.modules.items()
         if m not in ran and isinstance(m, nn.modules.batchnorm._BatchNorm)]
     return {m:c for m,c in norms.items() if m not in broken}, [*broken.values(),*idle]
 
-# %% ../nbs/03_plan.ipynb #8057fb7f
+# %% ../nbs/03_plan.ipynb #ebd9cf2e
 def _hint(call):
     "What to try if a block around `call` knows how to merge its branches."
     while call is not None and call.name:
-        if any(hasattr(call.module, k) for k in ('reparameterize','fuse','switch_to_deploy')): return f" (`{call.name}` can merge its branches: try `merge_branches=True`)"
+        can_merge = any(hasattr(call.module, k) for k in ('reparameterize','fuse','switch_to_deploy'))
+        if can_merge: return f" (`{call.name}` can merge its branches: try `merge_branches=True`)"
         call = call.parent
     return ''
 
@@ -411,7 +461,7 @@ def plan_folds(
     "Decide for every norm of a traced model whether it folds, and where to."
     planner,exclude = Planner(graph),exclude or {}
     waiting,kept = find_norms(graph)
-    plan,why,before = FoldPlan(kept=kept, edits=planner.edits, sources=planner.sources),{},None
+    plan,before,why = FoldPlan(kept=kept, edits=planner.edits, sources=planner.sources),None,{}
     while len(waiting)!=before:
         before = len(waiting)
         for m,calls in list(waiting.items()):
