@@ -30,6 +30,7 @@ demo: $(READY) ## Train a small learner, fold it, report (pass options in ARGS)
 
 # The tests run side by side: one thread each
 test-nbs test-py: export OMP_NUM_THREADS := 1
+test-nbs test-py: export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 test: test-nbs test-py ## Run all tests: those of the notebooks, then those in tests/
 

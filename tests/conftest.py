@@ -6,4 +6,4 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def seeded():
-    random.seed(0); np.random.seed(0); torch.manual_seed(0)
+    for seed in (random.seed,np.random.seed,torch.manual_seed): seed(0)

@@ -4,7 +4,6 @@ import numpy as np, torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from fasterfold.fold import BN_Folder,distance,run,to_double
-from fasterfold.trace import as_args,user_hooks
 
 def randomize_norms(
     model:nn.Module, # Changed in place
@@ -76,7 +75,8 @@ def state(
     model:nn.Module, # Any model
 ): # To be compared with `==`
     "Everything a fold could disturb: objects, bits, modes, hooks and random numbers."
-    def bits(t): return None if t is None else (id(t), t.dtype, tuple(t.shape), t.stride(), t.data_ptr(), t.requires_grad, t.detach().contiguous().view(torch.uint8).numpy().tobytes() if t.numel() and t.dim() else t.item() if t.numel() else None)
+    def held(t): return t.detach().contiguous().view(torch.uint8).numpy().tobytes() if t.numel() and t.dim() else t.item() if t.numel() else None
+    def bits(t): return None if t is None else (id(t), t.dtype, tuple(t.shape), t.stride(), t.data_ptr(), t.requires_grad, held(t))
     hooks = ('_forward_hooks','_forward_pre_hooks','_backward_hooks','_backward_pre_hooks')
     mods = [(n, id(m), type(m), m.training, tuple(m.__dict__), tuple((k,id(c)) for k,c in m._modules.items()),
         tuple((k,bits(p)) for k,p in m._parameters.items()), tuple((k,bits(b)) for k,b in m._buffers.items()),

@@ -6,13 +6,12 @@ is carried out with the operation itself, in float64, and must give exactly what
 here, and so does a rule without a case, or one that blocks everything.
 """
 import itertools
-from types import SimpleNamespace
 import pytest, torch
 from torch import nn
 from fasterfold.affine import Affine
 from fasterfold.plan import Planner
 from fasterfold.rules import BESIDE,PULL,PUSH,Blocked,Context,pull_through,push_through
-from fasterfold.trace import Tracer,Value
+from fasterfold.trace import Tracer
 from helpers import *
 
 A = torch.ops.aten
@@ -44,7 +43,7 @@ for x in each:
     for to in ([n],[1,n],[*x.shape,1],[*x.shape[::-1]]):
         for f in (A.view.default,A._unsafe_view.default,A.reshape.default,A._reshape_copy.default): case(f, x, to)
         case(A._reshape_alias.default, x, to, torch.empty(to).stride())
-    for f in (A.clone.default,A.detach.default,A.alias.default,A.contiguous.default,A.lift_fresh.default,A.squeeze.default,A.neg.default,A.relu.default,A.abs.default): case(f, x)
+    for f in ('clone','detach','alias','contiguous','lift_fresh','squeeze','neg','relu','abs'): case(getattr(A, f).default, x)
     case(A._to_copy.default, x, dtype=torch.float64)
     case(A._to_copy.default, x, dtype=torch.int64)
     case(A.to.dtype, x, torch.float64, copy=True)
@@ -127,7 +126,7 @@ for f in (A.upsample_nearest3d.default,A._upsample_nearest_exact3d.default): cas
 case(A.upsample_nearest2d.vec, x4, None, [2.,2.])
 for corners in (True,False):
     case(A.upsample_linear1d.default, x3, [7], corners)
-    for f in (A.upsample_bilinear2d.default,A.upsample_bicubic2d.default,A._upsample_bilinear2d_aa.default,A._upsample_bicubic2d_aa.default,A._upsample_lanczos2d_aa.default):
+    for f in (getattr(A, n).default for n in ('upsample_bilinear2d','upsample_bicubic2d','_upsample_bilinear2d_aa','_upsample_bicubic2d_aa','_upsample_lanczos2d_aa')):
         for size in ([7,6],[2,3]): case(f, x4, size, corners)
     case(A.upsample_trilinear3d.default, x5, [3,4,5], corners)
     for mode in (0,1,2):
@@ -220,7 +219,7 @@ case(A._weight_norm_interface.default, W(4,3,2), W(4,1,1), 0)
 @pytest.fixture(autouse=True, scope='module')
 def kernels():
     "Kernels for operations that only other devices have, written from their definition."
-    def batch_norm(n): return lambda x,w,b,mean,var,train,momentum,eps: (torch.native_batch_norm(x, w, b, mean, var, train, momentum, eps)[0],)+tuple(x.new_empty(0) for _ in range(n))
+    def batch_norm(n): return lambda x,*args: (torch.native_batch_norm(x, *args)[0],)+tuple(x.new_empty(0) for _ in range(n))
     def attend(q, k, v): return (q@k.transpose(-1, -2)/q.shape[-1]**.5).softmax(-1)@v
     def e(): return torch.empty(0)
     with torch.library._scoped_library('aten', 'IMPL') as lib:
@@ -279,7 +278,8 @@ def maps(shape):
         size = [n if d in dims else 1 for d,n in enumerate(shape)]
         for kind,(s,t) in KINDS.items():
             one = torch.ones(size, dtype=torch.float64)
-            yield kind,dims,Affine(one if s is None else s(torch.randn(size, dtype=torch.float64)), one*0 if t is None else t(torch.randn(size, dtype=torch.float64))).collapse()
+            def draw(f, none): return none if f is None else f(torch.randn(size, dtype=torch.float64))
+            yield kind,dims,Affine(draw(s, one), draw(t, one*0)).collapse()
 
 def close(got, want, *what):
     "Assert that `got` is `want` to 1e-10, infinities and all; `what` says where."
