@@ -1,6 +1,6 @@
 "What the benchmarks share: hostile weights, timing in turns, and the files they write"
 import json, math, os, platform
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 
 import numpy as np, torch
@@ -134,11 +134,12 @@ def _processor():
     return f'{names[0] if names else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})'
 
 def environment(
-    dists:list, # Distributions whose releases matter
+    dists:list, # Distributions whose releases matter, where they are installed
     device:str='cpu', # What PyTorch calls the device
 ) -> dict:
     "On what the figures were measured: releases, device and threads"
-    res = dict(releases={o: version(o) for o in dists}, python=platform.python_version(), threads=torch.get_num_threads(), cores=os.cpu_count())
+    releases = {o: version(o) for o in dict.fromkeys(dists) if any(distributions(name=o))}
+    res = dict(releases=releases, python=platform.python_version(), threads=torch.get_num_threads(), cores=os.cpu_count())
     if device=='cpu': return dict(res, device=_processor())
     conv,matmul = torch.backends.cudnn,torch.backends.cuda.matmul
     tf32 = dict(conv=conv.allow_tf32, matmul=matmul.allow_tf32)

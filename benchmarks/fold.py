@@ -166,7 +166,7 @@ def main(
     warnings.simplefilter('ignore')
     if threads: torch.set_num_threads(threads)
     names,tools,turns = models.split(','),load_peers(tools.split(',')),2 if quick else turns
-    env = environment(['torch','torchvision',*dict.fromkeys(peers[o][0] for o in tools if peers[o][0]!='torch')])
+    env = environment(['torch','torchvision',*(d for d,_ in peers.values())])
     res = dict(environment=env, speed=[], memory=[], depth=[], width=[]) | load(out, env)
     def _put(kind, row): res[kind] = [r for r in res[kind] if r['model']!=row['model']] + [row]
     deep,wide = [(o,16) for o in (depths[:1]*quick or depths)],[(20,o) for o in (widths[:1]*quick or widths)]

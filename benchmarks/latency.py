@@ -42,6 +42,7 @@ all_models = { # name -> (what builds it, what makes a sample of n items)
     'tabular': (lambda: TabularModel([(10,6),(5,4),(100,20)], 4, 2, [200,100]), _rows),
     **{o: (_torchvision(o), _image(224)) for o in ('resnet18','regnet_y_800mf','shufflenet_v2_x1_0','mnasnet1_0')},
     'xresnet18': (lambda: xresnet.xresnet18(n_out=10), _image(128))}
+deployed = list(all_models)[:7] # Run with every engine, which takes minutes each to compile; the others only with those that run every variant
 
 def build(
     name:str # Key of `all_models`
@@ -277,8 +278,8 @@ def _chosen(names, among):
 
 @call_parse
 def main(
-    tools:str=','.join(peers),       # Tools to fold with, comma-separated
-    models:str=','.join(all_models), # Models to time, comma-separated
+    tools:str=','.join(peers), # Tools to fold with, comma-separated
+    models:str=None, # Models to time, comma-separated; by default all, the last five only with eager and CUDA graph
     engines:str=','.join(all_engines), # What to run them with, comma-separated; those that the device lacks are left out
     device:str='cuda' if torch.cuda.is_available() else 'cpu', # 'cpu' or 'cuda'
     turns:int=11,     # How often each is timed
@@ -292,15 +293,15 @@ def main(
     if threads: torch.set_num_threads(threads)
     if quick: turns,seconds = 3,.01
     kinds = [o for o in _chosen(engines, all_engines) if device in all_engines[o][1]]
-    names,sizes,out = _chosen(models, all_models),batches[:1] if quick else batches,Path(out or results/f'latency-{device}.json')
+    names = {o: [k for k in kinds if models or k in whole or o in deployed] for o in (_chosen(models, all_models) if models else all_models)}
+    sizes,out = batches[:1] if quick else batches,Path(out or results/f'latency-{device}.json')
     dtypes,tools = [torch.float32,torch.float16] if device=='cuda' else [torch.float32],load_peers(tools.split(','))
     if missing := [k for k in kinds if any(find_spec(d) is None for d in dists.get(k, []))]:
         raise SystemExit(f"{', '.join(missing)} cannot be imported: pip install -e '.[dev,bench]', or choose other --engines")
-    used = ['torch','torchvision','fastai',*(peers[o][0] for o in tools),*(d for k in kinds for d in dists.get(k, []))]
-    env = environment(list(dict.fromkeys(used)), device)
+    env = environment(['torch','torchvision','fastai',*(d for d,_ in peers.values()),*(o for d in dists.values() for o in d)], device)
     res = dict(environment=env, latency=[], depth=[], width=[]) | load(out, env)
-    with torch.no_grad(), tqdm(total=len(names)*len(dtypes)*len(sizes)*len(kinds)+2) as bar:
-        for name in names:
+    with torch.no_grad(), tqdm(total=sum(map(len, names.values()))*len(dtypes)*len(sizes)+2) as bar:
+        for name,kinds in names.items():
             model,sample = build(name),all_models[name][1]
             found = variants(model, sample(2), tools)
             for dtype in dtypes:
