@@ -132,7 +132,7 @@ def norm_call(
     if v is not call.out or y.shape!=x.shape or any(c.ops and c.ops[0].index<own[-1].index for c in call.children): return None
     return NormCall(call, x, y, set(call.ops), stay)
 
-# %% ../nbs/03_plan.ipynb #e75b074a
+# %% ../nbs/03_plan.ipynb #034c7c90
 class Planner:
     "The state of planning one traced model."
     def __init__(self,
@@ -141,6 +141,8 @@ class Planner:
         self.graph,self.edits,self.sources = graph,{},{}
         self.root,self.members,self.gone = {},{},set() # value to the one it became part of, and back; operations that are gone
         self.homes = {} # storage to all that became one with it
+        self.owners = {n:m for m,names in graph.modules.items() for n in names}
+        self.ran = {c.module for c in graph.calls}
         self.twins,self.writes,self.values = defaultdict(list),defaultdict(list),defaultdict(set) # by storage: leaves, writers, values
         for v in graph.leaves:
             if v.store>=0: self.twins[v.store].append(v)
@@ -206,12 +208,15 @@ def _agreed(self:Planner, v, a, met, inside, ctx):
         if o in inside or met.get(o, {}).get(v)==a or self._blind(o, v, a, ctx): continue
         raise Blocked(f"`{v.names[0]}` is also used by {o.label}" if v.is_leaf else f"its input also feeds {o.label}")
 
-# %% ../nbs/03_plan.ipynb #d8d83fae
+# %% ../nbs/03_plan.ipynb #345b7d46
 @patch
 def _alone(self:Planner, v):
-    "Raise `Blocked` if the parameter `v` is a view of another."
+    "Raise `Blocked` if the parameter `v` is a view of another, or tied to a module that did not run."
     twins = [t for t in self.twins.get(v.store, []) if t is not v]
     if twins: raise Blocked(f"`{v.names[0]}` shares its memory with `{twins[0].names[0]}`")
+    owners = {self.owners[n.rpartition('.')[0]]:n for n in v.names}
+    idle = [n for m,n in owners.items() if m not in self.ran]
+    if idle and len(owners)>1: raise Blocked(f"`{v.names[0]}` is tied to `{idle[0]}`, which did not run on the sample")
 
 @patch
 def _pull(self:Planner, v, a, inside, ctx):
