@@ -187,14 +187,15 @@ def prove(
     sample, # On this sample
     eps:float, # Machine epsilon of the model's dtype
 )->Proof: # With all distances
-    "The full check, against a float64 run of the original."
+    "The full check, against a float64 run of the original. Not `ok` if the original returns something else when it runs again."
     double,x,eps64 = to_double(original),to_double(sample),torch.finfo(torch.float64).eps
     with _Coarsest() as inner: exact = run(double, x)
     fold64(double)
     own,folded,struct = distance(refs, exact),distance(outs, exact),distance(run(double, x), exact)
     growth = max(own/eps, 1) if own<float('inf') else 1
     tol = max(1e-10, 1e3*eps64*growth, 10*inner.eps*growth if inner.eps>eps64 else 0)
-    return Proof(distance(outs, refs), _largest(outs, refs), own, folded, struct, struct<=tol and folded<=max(tol, 10*own+10*eps))
+    ok = struct<=tol and folded<=max(tol, 10*own+10*eps) and distance(run(original, sample), refs)<=10*eps
+    return Proof(distance(outs, refs), _largest(outs, refs), own, folded, struct, ok)
 
 # %% ../nbs/04_fold.ipynb #d2c844ea
 def other_sample(
@@ -212,6 +213,8 @@ def other_sample(
     return tree_map_only(Tensor, other, sample)
 
 # %% ../nbs/04_fold.ipynb #a6e905dc
+_normal_mode = torch.inference_mode(False) # a tensor made in inference mode can never be trained again
+
 class BN_Folder:
     "Fold the normalization layers of a model into the layers around them, and prove that nothing changed."
     def __init__(self,
@@ -223,6 +226,7 @@ class BN_Folder:
         store_attr()
         self.result,self.formats,self._undo,self._last = None,{},[],None
 
+    @_normal_mode
     def plan(self,
         model:nn.Module, # Any model, in any mode
         sample=None, # What to call it with: a tuple is positional arguments, a dict keyword arguments; None to make one up
@@ -233,6 +237,7 @@ class BN_Folder:
         if self.merge_branches: _merge(model:=copy_model(model), sample)
         return plan_folds(trace(model, sample))
 
+    @_normal_mode
     def fold(self,
         model:nn.Module, # Any model, in any mode
         sample=None, # What to call it with: a tuple is positional arguments, a dict keyword arguments; None to make one up
@@ -259,6 +264,7 @@ def undo(self:BN_Folder):
     self._back()
 
 @patch
+@_normal_mode
 def refold(self:BN_Folder)->FoldPlan: # What was folded now
     "Fold the model of the last `fold` again, after `undo`, with the weights it has now: no new trace, and no proof."
     if self._last is None: raise FoldError("There is nothing to fold again: call `fold` first.")
@@ -358,18 +364,24 @@ def _strip(target, graph):
     for c in graph.calls:
         if c.name and _drop.search(type(c.module).__name__) and c.ins==[c.out]: _put(target, graph.modules[c.module], nn.Identity().train(c.module.training))
 
-def _merge(target, sample):
-    "Let timm merge the branches of blocks that know how to; taken back if the outputs change."
+# %% ../nbs/04_fold.ipynb #5a1c0e06
+def _merge_branches(model):
     try: from timm.utils import reparameterize_model
     except ImportError as e: raise FoldError("`merge_branches=True` needs timm: pip install timm") from e
-    snap,refs = Snapshot(target),run(target, sample)
-    with preserved(target): reparameterize_model(target, inplace=True)
-    def merge64(m): reparameterize_model(m, inplace=True)
-    outs = run(target, sample)
-    merged = Snapshot(target)
-    snap.restore()
-    if prove(target, merge64, outs, refs, sample, _eps(target)).ok: merged.restore()
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(next((p.dtype for p in model.parameters() if p.is_floating_point()), dtype))
+    try: reparameterize_model(model, inplace=True)
+    finally: torch.set_default_dtype(dtype)
 
+def _merge(target, sample):
+    "Let timm merge the branches of blocks that know how to; taken back if the outputs change."
+    snap,refs = Snapshot(target),run(target, sample)
+    with preserved(target): _merge_branches(target)
+    outs,merged = run(target, sample),Snapshot(target)
+    snap.restore()
+    if prove(target, _merge_branches, outs, refs, sample, _eps(target)).ok: merged.restore()
+
+# %% ../nbs/04_fold.ipynb #5a1c0e08
 def _format(target, sample, snap, auto):
     "Turn 4-D weights to channels_last; if `auto`, only if that is faster on the sample. Returns seconds by format."
     def seconds(): return Timer('run(m, s)', globals=dict(run=run, m=target, s=sample), num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=.3).median
