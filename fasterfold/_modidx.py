@@ -101,6 +101,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'fasterfold.fold._instead': ('fold.html#_instead', 'fasterfold/fold.py'),
                                  'fasterfold.fold._largest': ('fold.html#_largest', 'fasterfold/fold.py'),
                                  'fasterfold.fold._merge': ('fold.html#_merge', 'fasterfold/fold.py'),
+                                 'fasterfold.fold._merge_branches': ('fold.html#_merge_branches', 'fasterfold/fold.py'),
                                  'fasterfold.fold._put': ('fold.html#_put', 'fasterfold/fold.py'),
                                  'fasterfold.fold._rounded': ('fold.html#_rounded', 'fasterfold/fold.py'),
                                  'fasterfold.fold._strip': ('fold.html#_strip', 'fasterfold/fold.py'),
