@@ -1,0 +1,412 @@
+"""What other folders have got wrong, and what random networks have found here, each by name.
+
+Every model is folded without verification, so that nothing but the rules themselves can make it right, and once with it.
+"""
+import itertools
+import pytest, timm, torch
+import torch.nn.functional as F
+from fastai.layers import BatchNorm1dFlat
+from torch import nn
+from torch.nn.utils import parametrize,parametrizations
+from torchvision.ops import FrozenBatchNorm2d
+from fasterfold.rules import PULL
+from fasterfold.trace import FoldError
+from helpers import *
+
+def double(*shape): return torch.randn(*shape, dtype=torch.float64)
+
+class Fn(nn.Module):
+    "The modules in `mods`, called by `f(self, *inputs)`."
+    def __init__(self, f, **mods):
+        super().__init__()
+        for k,m in mods.items(): setattr(self, k, m)
+        self.f = f
+    def forward(self, *xs): return self.f(self, *xs)
+
+class Scale(nn.Module):
+    "A constant per channel, as in LayerScale."
+    def __init__(self, n):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(n)+.5)
+    def forward(self, x): return x*self.gamma[:,None,None]
+
+def folds(model, *sample, folded=None, kept=None):
+    "Fold `model` in float64 in every way, and check that its outputs stay; returns the plan. `folded` and `kept` name all norms there."
+    model = randomize_norms(model).double()
+    refs,before = run(model, sample),state(model)
+    for verify in (False,True):
+        folder = BN_Folder(verify=verify)
+        new = folder.fold(model, sample)
+        assert distance(run(new, sample), refs)<1e-12
+        plan = folder.result
+        assert not any('failed verification' in o.reason for o in plan.kept)
+        if folded is not None: assert names_of(plan.folded)==folded.split()
+        if kept is not None: assert sorted(names_of(plan.kept))==sorted(kept.split())
+    assert state(model)==before
+    return plan
+
+def image(c=3, n=2): return double(n, c, 6, 5)
+def conv(i=3, o=4, k=3, **kwargs): return nn.Conv2d(i, o, k, padding=k//2, **kwargs)
+
+# ---- known failures of other folders
+
+def test_conv_reused_with_and_without_norm():
+    "pytorch issue 197539: the norm went into a convolution that also runs without it."
+    net = Fn(lambda m,x: m.norm(m.conv(x))+m.conv(x.flip(3)), conv=conv(), norm=nn.BatchNorm2d(4))
+    assert '`conv' in reason(folds(net, image(), kept='norm'), 'norm')
+
+@pytest.mark.parametrize('groups', [1,2,4])
+def test_grouped_transposed_conv(groups):
+    "pytorch issue 180995: the weight of a grouped transposed convolution is [in, out/groups, …]."
+    folds(nn.Sequential(nn.ConvTranspose2d(4, 8, 3, stride=2, groups=groups), nn.BatchNorm2d(8)), image(4), folded='1')
+
+@pytest.mark.parametrize('cls', [nn.ConvTranspose1d,nn.ConvTranspose2d,nn.ConvTranspose3d])
+def test_transposed_conv_is_scaled_on_its_output_axis(cls):
+    "ultralytics issue 25364; as many inputs as outputs hides the mistake from shapes."
+    k = int(cls.__name__[-2])
+    folds(nn.Sequential(cls(4, 4, 2, bias=False), [nn.BatchNorm1d,nn.BatchNorm2d,nn.BatchNorm3d][k-1](4)), double(2, 4, *[3]*k), folded='1')
+
+def test_conv_output_with_second_consumer():
+    "executorch issue 20601."
+    net = Fn(lambda m,x: m.norm(y:=m.conv(x)).relu()+y, conv=conv(), norm=nn.BatchNorm2d(4))
+    assert 'feeds' in reason(folds(net, image(), kept='norm'), 'norm')
+
+def test_groups_of_levit():
+    "LeViT pull request 22: `fuse` forgot the groups."
+    net = nn.Sequential(conv(4, 8, groups=4, bias=False), nn.BatchNorm2d(8), nn.Hardswish(), conv(8, 8, groups=2), nn.BatchNorm2d(8))
+    folds(net, image(4), folded='1 4')
+
+def test_functional_batch_norm():
+    "pytorch issue 122070. A function cannot be removed, and says so."
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv,self.norm = conv(),nn.BatchNorm2d(4)
+        def forward(self, x):
+            n = self.norm
+            return F.batch_norm(self.conv(x), n.running_mean, n.running_var, n.weight, n.bias, False, 0., n.eps)
+    plan = folds(Net(), image(), folded='')
+    assert 'called as a function' in reason(plan, '')
+
+def test_linear_flatten_norm():
+    "optimum issue 348."
+    folds(nn.Sequential(nn.Linear(5, 6), nn.Flatten(), nn.BatchNorm1d(24)), double(2, 4, 5), kept='2')
+    folds(nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(4)), double(2, 4, 5), kept='1')
+    folds(nn.Sequential(conv(), nn.Flatten(), nn.BatchNorm1d(120)), image(), kept='2')
+    folds(nn.Sequential(nn.Linear(5, 6), nn.Flatten(), nn.BatchNorm1d(6)), double(2, 5), folded='2')
+    folds(nn.Sequential(conv(), nn.BatchNorm2d(4), nn.Flatten(), nn.BatchNorm1d(120), nn.Linear(120, 3)), image(), folded='1 3')
+
+@pytest.mark.parametrize('dtype', [torch.float16,torch.bfloat16])
+def test_half_precision_rounds_once(dtype):
+    "pytorch issues 120545 and 145623: folded in low precision, the error is several times the original's."
+    net = randomize_norms(nn.Sequential(*[nn.Sequential(conv(8, 8), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(6)]))
+    net,x = net.to(dtype),torch.randn(2, 8, 8, 8).to(dtype)
+    folder = BN_Folder()
+    new = folder.fold(net, x)
+    own,diff,exact = errors(net, new, x)
+    assert names_of(folder.result.folded)==[f'{i}.1' for i in range(6)] and exact<1e-12 and diff<=2*own
+
+@pytest.mark.parametrize('write', [lambda y: y.relu_(), lambda y: y.add_(1), lambda y: y[:,:1].mul_(2), lambda y: y.zero_()])
+def test_input_of_norm_written_later(write):
+    "An `Identity` is its input: folding forward would show the write to who reads the output."
+    def f(m, x):
+        y = m.conv1(x).sigmoid()
+        z = m.norm(y)
+        write(y)
+        return m.conv2(z),y
+    folds(Fn(f, conv1=conv(), norm=nn.BatchNorm2d(4), conv2=conv(4, 4, 1)), image(), kept='norm')
+
+def test_output_of_norm_written_later():
+    def f(m, x):
+        y = m.conv1(x).sigmoid()
+        z = m.norm(y)
+        return m.conv2(z.add_(1)),y
+    folds(Fn(f, conv1=conv(), norm=nn.BatchNorm2d(4), conv2=conv(4, 4, 1)), image(), kept='norm')
+
+# ---- proof
+
+def test_planted_wrong_rule_is_caught(monkeypatch):
+    "A rule that forgets the bias: the norms it spoils stay, all others go, and the model is right."
+    right = PULL['convolution']
+    monkeypatch.setitem(PULL, 'convolution', lambda op,out,a,ctx: right(op, out, a, ctx)[:1] if op.args.transposed else right(op, out, a, ctx))
+    layers = conv(),nn.ConvTranspose2d(4, 4, 2),conv(4, 4),nn.ConvTranspose2d(4, 4, 2)
+    net = nn.Sequential(*[m for c in layers for m in (c,nn.BatchNorm2d(4),nn.ReLU())])
+    net,x = randomize_norms(net).double(),image()
+    folder = BN_Folder()
+    new = folder.fold(net, x)
+    assert names_of(folder.result.folded)==['1','7'] and names_of(folder.result.kept)==['4','10']
+    assert all('failed verification' in o.reason for o in folder.result.kept)
+    assert distance(run(new, x), run(net, x))<1e-12
+    assert isinstance(new[1], nn.Identity) and isinstance(new[4], nn.BatchNorm2d) and torch.equal(new[3].weight, net[3].weight)
+
+def test_control_flow_on_data():
+    "What the norm sees decides what runs, so it stays."
+    def f(m, x):
+        y = m.conv(x)
+        return m.norm(y) if y.mean()>0 else m.other(y)
+    net = Fn(f, conv=conv(), norm=nn.BatchNorm2d(4), other=nn.BatchNorm2d(4))
+    plan = folds(net, image(), folded='')
+    assert sorted(names_of(plan.kept))==['norm','other'] and 'did not run' in ' '.join(o.reason for o in plan.kept)
+
+def test_control_flow_that_the_second_sample_shows():
+    "The convolution goes on with or without its norm depending on a number that leaves the graph; the second sample takes the other way."
+    def f(m, x):
+        y = m.conv(x)
+        return m.norm(y) if x.sum().item()>0 else y
+    net,x = randomize_norms(Fn(f, conv=conv(), norm=nn.BatchNorm2d(4))).double(),image().abs()
+    folder = BN_Folder()
+    new = folder.fold(net, x)
+    assert 'failed verification' in reason(folder.result, 'norm')
+    assert distance(run(new, -x), run(net, -x))==0 and distance(run(new, x), run(net, x))==0
+
+@pytest.mark.parametrize('leave', [lambda y: y.data*2, lambda y: torch.from_numpy(y.numpy()*2), lambda y: torch.tensor(y.tolist())*2])
+def test_value_that_leaves_the_graph(leave):
+    net,x = randomize_norms(Fn(lambda m,x: m.norm(y:=m.conv(x))+leave(y), conv=conv(), norm=nn.BatchNorm2d(4))).double(),image()
+    folder = BN_Folder()
+    new = folder.fold(net, x)
+    assert distance(run(new, x), run(net, x))==0 and names_of(folder.result.kept)==['norm']
+
+def test_random_model_is_refused():
+    net = Fn(lambda m,x: m.norm(m.conv(x))*torch.rand(1).item(), conv=conv(), norm=nn.BatchNorm2d(4))
+    net,x = randomize_norms(net).double(),image()
+    draws = run(net, x),run(net, x)
+    assert distance(*draws)==0 # runs are seeded alike
+    before = state(net)
+    count = itertools.count()
+    net.f = lambda m,x: m.norm(m.conv(x))*(1+next(count))
+    with pytest.raises(FoldError, match='different outputs'): BN_Folder().fold(net, x, inplace=True)
+    assert state(net)==before
+
+# ---- shared modules and weights
+
+def heads(m, x): return m.norm(m.conv(x)),m.norm(m.conv(x.flip(2)))
+def test_shared_head_in_tandem():
+    "A head that runs on every level of a pyramid folds once."
+    plan = folds(Fn(lambda m,x,y: heads(m, x)+heads(m, y), conv=conv(), norm=nn.BatchNorm2d(4)), image(), double(2, 3, 3, 3), folded='norm')
+    assert plan.folded[0].calls==4
+
+def test_shared_conv_with_a_norm_for_each_level():
+    net = Fn(lambda m,x: (m.norm1(m.conv(x)),m.norm2(m.conv(x.flip(2)))), conv=conv(), norm1=nn.BatchNorm2d(4), norm2=nn.BatchNorm2d(4))
+    assert all('conv' in o.reason for o in folds(net, image(), kept='norm1 norm2').kept)
+
+def test_norm_shared_by_two_convs():
+    folds(Fn(lambda m,x: m.norm(m.conv1(x))+m.norm(m.conv2(x)), conv1=conv(), conv2=conv(k=1), norm=nn.BatchNorm2d(4)), image(), folded='norm')
+
+def test_norm_that_runs_twice_in_series(): folds(nn.Sequential(conv(), norm:=nn.BatchNorm2d(4), norm), image())
+
+def test_module_under_two_names():
+    "The norm is replaced under each of its names."
+    net = nn.Sequential(conv(), nn.BatchNorm2d(4))
+    net.again = net[1]
+    net = randomize_norms(Fn(lambda m,x: m.a[1](m.a[0](x)), a=net))
+    new = BN_Folder().fold(net, torch.randn(2, 3, 6, 5))
+    assert isinstance(new.a[1], nn.Identity) and new.a.again is new.a[1]
+
+def test_tied_weights():
+    one,two = conv(3, 3),conv(3, 3)
+    two.weight = one.weight
+    folds(Fn(lambda m,x: m.two(m.norm(m.one(x))), one=one, norm=nn.BatchNorm2d(3), two=two), image(), kept='norm')
+
+def test_tied_weight_of_a_module_that_does_not_run():
+    "A decoder that is used elsewhere keeps its weight."
+    one,two = nn.Linear(4, 5),nn.Linear(4, 5)
+    two.weight = one.weight
+    net,x = randomize_norms(Fn(lambda m,x: m.norm(m.one(x)), one=one, norm=nn.BatchNorm1d(5), two=two)).double(),double(3, 4)
+    new = BN_Folder().fold(net, x)
+    assert torch.equal(new.two(x), net.two(x)) and distance(run(new, x), run(net, x))<1e-12
+
+def test_weights_that_share_memory():
+    one,two = conv(3, 3),conv(3, 3)
+    two.weight.data = one.weight.data
+    net = Fn(lambda m,x: m.two(m.norm(m.one(x))), one=one, norm=nn.BatchNorm2d(3), two=two)
+    net,x = randomize_norms(net),torch.randn(2, 3, 6, 5)
+    folder = BN_Folder(verify=False)
+    ref = run(net, x)
+    assert folder.fold(net, x, inplace=True) is net
+    assert distance(run(net, x), ref)<1e-6
+
+def test_weight_used_by_a_function():
+    net = Fn(lambda m,x: m.norm(m.conv(x))+F.conv2d(x, m.conv.weight, padding=1), conv=conv(), norm=nn.BatchNorm2d(4))
+    assert '`conv.weight`' in reason(folds(net, image(), kept='norm'), 'norm')
+
+def test_weight_penalty_in_the_output():
+    folds(Fn(lambda m,x: (m.norm(m.conv(x)),m.conv.weight.square().sum()), conv=conv(), norm=nn.BatchNorm2d(4)), image(), kept='norm')
+
+def test_statistics_that_are_read_elsewhere():
+    folds(Fn(lambda m,x: m.norm(m.conv(x))+m.norm.running_mean.sum(), conv=conv(), norm=nn.BatchNorm2d(4)), image(), kept='norm')
+
+# ---- computed weights
+
+COMPUTED = dict(weight_norm_old=torch.nn.utils.weight_norm, weight_norm=parametrizations.weight_norm, spectral_norm_old=torch.nn.utils.spectral_norm,
+    spectral_norm=parametrizations.spectral_norm, orthogonal=lambda m: parametrizations.orthogonal(m))
+@pytest.mark.parametrize('kind', COMPUTED)
+@pytest.mark.parametrize('order', ['back','forward'])
+def test_computed_weights(kind, order):
+    "Folded or kept with the reason; in both cases right, and the parametrization still there."
+    layer = COMPUTED[kind](conv(4, 4, 1))
+    net = nn.Sequential(layer, nn.BatchNorm2d(4)) if order=='back' else nn.Sequential(nn.Sigmoid(), nn.BatchNorm2d(4), layer)
+    plan = folds(net, image(4))
+    assert names_of(plan.folded)+names_of(plan.kept)==['1'] and all('weight' in o.reason or 'comes after' in o.reason for o in plan.kept)
+
+class Symmetric(nn.Module):
+    def forward(self, w): return w+w.transpose(0, 1)
+def test_own_parametrization():
+    layer = conv(4, 4, 1)
+    parametrize.register_parametrization(layer, 'weight', Symmetric())
+    folds(nn.Sequential(layer, nn.BatchNorm2d(4)), image(4), kept='1')
+
+# ---- hooks
+
+def see(m, args, out): pass
+def see_before(m, args): pass
+def see_grads(m, given, out): pass
+
+@pytest.mark.parametrize('where', [0,1])
+@pytest.mark.parametrize('how', ['forward','forward_pre','full_backward'])
+def test_hooks_keep_the_norm(where, how):
+    "The reason names the hook."
+    hook = dict(forward=see, forward_pre=see_before, full_backward=see_grads)[how]
+    net = nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU())
+    getattr(net[where], f'register_{how}_hook')(hook)
+    plan = folds(net, image())
+    assert hook.__name__ in reason(plan, '1')
+
+def test_hook_that_feeds_the_model():
+    "As in fastai's `DynamicUnet`: what the hook keeps is used later."
+    class Keep:
+        def __call__(self, m, args, out): self.out = out
+    net = Fn(None, body=nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU()), conv2=conv(4, 4), norm2=nn.BatchNorm2d(4))
+    net.body[0].register_forward_hook(Keep())
+    net.f = lambda m,x: m.norm2(m.conv2(m.body(x)))+next(iter(m.body[0]._forward_hooks.values())).out
+    folds(net, image(), folded='norm2', kept='body.1')
+
+def test_hook_that_changes_the_output():
+    net = nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU())
+    net[0].register_forward_hook(lambda m,args,out: out*2)
+    folds(net, image(), kept='1')
+
+# ---- kinds of norm
+
+def test_frozen_batchnorm(): folds(nn.Sequential(conv(), FrozenBatchNorm2d(4), nn.ReLU()), image(), folded='1')
+def test_instancenorm_with_running_statistics():
+    folds(nn.Sequential(conv(), nn.InstanceNorm2d(4, affine=True, track_running_stats=True)), image(), folded='1')
+    folds(nn.Sequential(conv(), nn.InstanceNorm2d(4, track_running_stats=True), nn.ReLU()), image(), folded='1')
+def test_instancenorm_pair_without_weights():
+    folds(nn.Sequential(nn.InstanceNorm2d(3, affine=True, track_running_stats=True), nn.InstanceNorm2d(3, track_running_stats=True), nn.ReLU()), image())
+def test_instancenorm_of_each_image_stays(): assert not folds(nn.Sequential(conv(), nn.InstanceNorm2d(4)), image()).folded
+def test_layerscale():
+    net = Fn(lambda m,x: x+m.gamma(m.conv2(m.conv1(x).relu())), conv1=conv(), conv2=conv(4, 3), gamma=Scale(3))
+    folds(net, image(), folded='gamma')
+def test_layerscale_of_timm():
+    net = timm.create_model('convnext_atto', depths=(1,1,1,1), dims=(8,8,8,8), num_classes=3)
+    for n,p in net.named_parameters():
+        if n.endswith('gamma'): p.data.normal_()
+    net,x = net.double().eval(),double(1, 3, 64, 64)
+    folder = BN_Folder(verify=False)
+    assert distance(run(folder.fold(net, x), x), run(net, x))<1e-10
+def test_batchnorm1dflat(): folds(nn.Sequential(nn.Linear(5, 6), BatchNorm1dFlat(6)), double(2, 3, 5), folded='1')
+def test_batchnorm_with_activation():
+    net = nn.Sequential(conv(), timm.layers.BatchNormAct2d(4))
+    folds(net, image(), folded='1')
+    assert isinstance(BN_Folder().fold(net, image())[1], nn.ReLU)
+@pytest.mark.parametrize('kwargs', [dict(affine=False),dict(bias=False)])
+def test_batchnorm_without_weight_or_bias(kwargs):
+    folds(nn.Sequential(conv(bias=False), nn.BatchNorm2d(4, **kwargs), nn.ReLU(), conv(4, 4), nn.BatchNorm2d(4, **kwargs)), image(), folded='1 4')
+def test_batch_statistics_stay():
+    assert 'track_running_stats' in reason(folds(nn.Sequential(conv(), nn.BatchNorm2d(4, track_running_stats=False)), image()), '1')
+def test_norm_that_does_not_run():
+    assert 'did not run' in reason(folds(Fn(lambda m,x: m.conv(x), conv=conv(), norm=nn.BatchNorm2d(4)), image()), 'norm')
+def test_norm_is_the_model(): assert names_of(folds(nn.BatchNorm2d(3), image()).kept)==['']
+def test_statistics_that_are_not_finite():
+    for k,value in (('running_mean',float('nan')),('running_var',float('inf')),('weight',float('inf'))):
+        net,x = randomize_norms(nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(), conv(4, 4), nn.BatchNorm2d(4))).double(),image()
+        getattr(net[1], k).data[0] = value
+        folder = BN_Folder()
+        new = folder.fold(net, x)
+        if k!='running_var': assert 'finite' in reason(folder.result, '1')
+        assert names_of(folder.result.folded)[-1]=='4' and distance(run(new, x), run(net, x))<1e-12
+
+# ---- options
+
+def test_strip_dropout():
+    net = randomize_norms(nn.Sequential(conv(), nn.BatchNorm2d(4), nn.Dropout2d(), nn.Flatten(), nn.Dropout(), nn.Linear(120, 2)))
+    x = torch.randn(2, 3, 6, 5)
+    kept,stripped = BN_Folder().fold(net, x),BN_Folder(strip_dropout=True).fold(net, x)
+    assert isinstance(kept[2], nn.Dropout2d) and isinstance(kept[4], nn.Dropout)
+    assert isinstance(stripped[2], nn.Identity) and isinstance(stripped[4], nn.Identity)
+    assert torch.equal(*run(kept, x), *run(stripped, x))
+    folder = BN_Folder(strip_dropout=True)
+    before = state(net)
+    folder.fold(net, x, inplace=True)
+    folder.undo()
+    assert state(net)==before
+
+def test_dropout_inside_a_residual_branch_is_stripped():
+    net,x = timm.create_model('resnet10t', drop_path_rate=.1, drop_rate=.1).eval(),torch.randn(1, 3, 64, 64)
+    folder = BN_Folder(strip_dropout=True)
+    new = folder.fold(randomize_norms(net), x)
+    assert distance(run(new, x), run(net, x))<1e-5
+
+@pytest.mark.parametrize('name', ['repvgg_a0','mobileone_s0','repvit_m0_9','fastvit_t8'])
+def test_merge_branches(name):
+    net,x = randomize_norms(timm.create_model(name)),torch.randn(1, 3, 64, 64)
+    folder = BN_Folder(merge_branches=True)
+    new = folder.fold(net, x)
+    assert count_norm_calls(new, x)==0 and len(list(new.modules()))<len(list(BN_Folder().fold(net, x).modules()))
+    check_fold(net, new, x, BN_Folder(merge_branches=True, verify=False))
+
+def test_channels_last():
+    net,x = randomize_norms(nn.Sequential(conv(), nn.BatchNorm2d(4))),torch.randn(2, 3, 6, 5)
+    new = BN_Folder(channels_last=True).fold(net, x)
+    assert new[0].weight.is_contiguous(memory_format=torch.channels_last) and net[0].weight.is_contiguous()
+    assert distance(run(new, x), run(net, x))<1e-6
+
+# ---- found by random networks
+
+def test_norm_with_unweighted_group_norm_before():
+    folds(nn.Sequential(nn.Sigmoid(), nn.GroupNorm(1, 3, affine=False), nn.BatchNorm2d(3)), image())
+
+def test_statistics_of_one_norm_used_twice():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gamma,self.norm = Scale(3),nn.BatchNorm2d(3)
+        def forward(self, x):
+            n = self.norm
+            return n(F.batch_norm(self.gamma(x), n.running_mean, n.running_var, n.weight, n.bias))
+    folds(Net(), image())
+
+def test_value_minus_itself(): folds(Fn(lambda m,x: m.conv(m.norm(x-x)), conv=conv(3, 4, 1), norm=nn.BatchNorm2d(3)), image())
+
+def test_sum_with_itself_beside_a_norm():
+    folds(Fn(lambda m,x: ((y:=m.conv(x))+y)+m.norm(x), conv=conv(3, 3), norm=nn.BatchNorm2d(3)), image())
+
+def test_product_with_itself():
+    folds(Fn(lambda m,x: m.norm(torch.addcmul(m.a(x), y:=m.conv(x), y)), a=conv(), conv=conv(), norm=nn.BatchNorm2d(4, bias=False)), image())
+    folds(Fn(lambda m,x: m.norm(torch.bmm(y:=m.fc(x), y)), fc=nn.Linear(3, 3, bias=False), norm=nn.BatchNorm1d(3, bias=False)), double(2, 3, 3))
+
+@pytest.mark.parametrize('norm', [FrozenBatchNorm2d,Scale,nn.BatchNorm2d])
+def test_norm_whose_input_was_written_through_a_view(norm):
+    def f(m, x):
+        y = m.conv(x)
+        y[:,:1].add_(1.)
+        return m.norm(y)
+    plan = folds(Fn(f, conv=conv(), norm=norm(4)), image())
+    assert names_of(plan.folded)+names_of(plan.kept)==['norm']
+
+def test_roll_of_everything(): folds(Fn(lambda m,x: m.norm(torch.roll(m.conv(x), 1)), conv=conv(), norm=nn.BatchNorm2d(4)), image())
+
+def test_attention_to_itself():
+    "What is looked up is also what is looked for."
+    def f(m, x):
+        y = m.norm(m.fc(x))[:,None]
+        return F.scaled_dot_product_attention(x[:,None], y, y)
+    folds(Fn(f, fc=nn.Linear(4, 4), norm=BatchNorm1dFlat(4)), double(2, 3, 4))
+    def g(m, x): return m.norm(F.scaled_dot_product_attention(x[:,None], y:=m.fc(x)[:,None], y)[:,0])
+    folds(Fn(g, fc=nn.Linear(4, 4), norm=BatchNorm1dFlat(4)), double(2, 3, 4))
+
+def test_attention_that_sees_nothing():
+    "A row whose mask hides everything gives zeros, to which no shift can be added before."
+    mask = torch.tensor([[0,0,0],[1,0,1],[1,1,1]], dtype=torch.bool)
+    def f(m, x): return m.norm(F.scaled_dot_product_attention(x[:,None], x[:,None], m.fc(x)[:,None], attn_mask=mask)[:,0])
+    folds(Fn(f, fc=nn.Linear(4, 4), norm=BatchNorm1dFlat(4)), double(2, 3, 4))
