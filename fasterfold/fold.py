@@ -248,7 +248,7 @@ class BN_Folder:
         if not inplace: target = copy_model(target)
         snap = Snapshot(target)
         self._undo,self._last,self.formats = [],None,{}
-        try: self.result = self._fold(target, infer_sample(target) if sample is None else sample, snap)
+        try: self.result = self._fold(target, infer_sample(target) if sample is None else sample)
         except BaseException:
             self._back()
             snap.restore()
@@ -290,7 +290,7 @@ def _try(self:BN_Folder, target, graph, exclude):
         else: return plan
 
 @patch
-def _fold(self:BN_Folder, target, sample, snap):
+def _fold(self:BN_Folder, target, sample):
     "Fold `target` in place; returns the plan."
     if self.merge_branches: _merge(target, sample)
     graph,exclude = trace(target, sample),{}
@@ -304,7 +304,9 @@ def _fold(self:BN_Folder, target, sample, snap):
         self._blame(target, graph, exclude, tests)
     self._last = target,graph,exclude
     if self.strip_dropout: _strip(target, graph)
-    if self.channels_last: self.formats = _format(target, sample, snap, self.channels_last=='auto')
+    if self.channels_last:
+        self._undo.append(Snapshot(target)) # of the folded weights: the last to change is the first to go back
+        self.formats = _format(target, sample, self._undo[-1], self.channels_last=='auto')
     return plan
 
 def _tests(target, sample, refs):

@@ -1,0 +1,449 @@
+"""Random networks, folded.
+
+hypothesis draws a program of layers, functions, views and in-place writes, runs it in float64, folds it without verification (which would
+hide a wrong rule), and compares. `HYPOTHESIS_PROFILE=ci` (the default) draws 500 networks, always the same;
+`HYPOTHESIS_PROFILE=long python -m pytest tests/test_properties.py --timeout=0` draws 20,000 new ones.
+"""
+import os, pytest, torch, torch.nn.functional as F
+from fastai.layers import BatchNorm1dFlat
+from hypothesis import HealthCheck,given,settings,strategies as st
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from torchvision.ops import FrozenBatchNorm2d
+from helpers import *
+
+slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example, HealthCheck.filter_too_much]
+settings.register_profile('ci', max_examples=500, deadline=None, derandomize=True, database=None, suppress_health_check=slow)
+settings.register_profile('long', max_examples=20000, deadline=None, suppress_health_check=slow)
+settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'ci'))
+
+# by number of dimensions of the input
+CONV = {3:nn.Conv1d,4:nn.Conv2d,5:nn.Conv3d}
+TRANSPOSED = {3:nn.ConvTranspose1d,4:nn.ConvTranspose2d,5:nn.ConvTranspose3d}
+BATCH_NORM = {2:nn.BatchNorm1d,3:nn.BatchNorm1d,4:nn.BatchNorm2d,5:nn.BatchNorm3d}
+INSTANCE_NORM = {3:nn.InstanceNorm1d,4:nn.InstanceNorm2d,5:nn.InstanceNorm3d}
+AVG_POOL = {3:nn.AvgPool1d,4:nn.AvgPool2d,5:nn.AvgPool3d}
+MAX_POOL = {3:nn.MaxPool1d,4:nn.MaxPool2d,5:nn.MaxPool3d}
+ADAPTIVE_AVG = {3:nn.AdaptiveAvgPool1d,4:nn.AdaptiveAvgPool2d,5:nn.AdaptiveAvgPool3d}
+ADAPTIVE_MAX = {3:nn.AdaptiveMaxPool1d,4:nn.AdaptiveMaxPool2d,5:nn.AdaptiveMaxPool3d}
+
+class Stash:
+    "A hook that keeps what its module returned, as those of fastai's `DynamicUnet` do."
+    def __call__(self, m, args, out): self.out = out
+
+class LayerScale(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(shape))
+    def forward(self, x): return x*self.gamma
+
+class Net(nn.Module):
+    "A program: each step reads some of the values so far and adds new ones."
+    def __init__(self):
+        super().__init__()
+        self.mods,self.steps,self.outs,self.stashes,self.ran = nn.ModuleList(),[],[],[],[]
+    def step(self, vals, f, src):
+        res = f(self, *[vals[i] for i in src])
+        vals += res if isinstance(res, (list,tuple)) else [res]
+    def forward(self, *xs):
+        vals = list(xs)
+        for o in self.steps: self.step(vals, *o)
+        return [vals[i] for i in self.outs]
+    def extra_repr(self):
+        c = [(f.__qualname__.partition('.')[0], f.__code__, f.__defaults__, src) for f,src in self.steps]
+        return '\n'.join(f"{name}{src}: {[*code.co_names,*code.co_consts[1:]]} {args or ''}" for name,code,args,src in c)+f"\noutputs {self.outs}"
+
+KINDS = {}
+def kind(weight=1):
+    "Register `f(b, i)`, which adds steps that read value `i` to the builder `b`, or does nothing where it has no place."
+    def add(f):
+        KINDS[f.__name__] = f,weight
+        return f
+    return add
+
+class Builder:
+    "Grows a `Net` by running it as it grows, so that each step fits."
+    def __init__(self,
+        draw, # (lowest, highest) -> an integer in between
+    ):
+        self.int,self.net = draw,Net()
+        self.gen = torch.Generator().manual_seed(draw(0, 2**16))
+        rank,n = self.int(2, 5),self.int(1, 3)
+        c,size = self.int(1, 6),self.int(3, {2:3,3:9,4:7,5:4}[rank])
+        self.sample = tuple(self.randn(n, c, *[size]*(rank-2)) for _ in range(self.int(1, 2)))
+        self.vals = [o.clone() for o in self.sample]
+        self.inputs = {o.untyped_storage().data_ptr() for o in self.vals}
+
+    def randn(self, *shape): return torch.randn(*shape, generator=self.gen, dtype=torch.float64)
+    def flag(self, odds=2): return self.int(0, odds-1)==odds-1
+    def pick(self, *of): return of[self.int(0, len(of)-1)]
+    def any(self): return len(self.vals)-1-min(self.int(0, 4), self.int(0, len(self.vals)-1))
+    def like(self, i, ok):
+        "Another value that is `ok`, else `i` itself."
+        fit = [j for j,v in enumerate(self.vals) if ok(v)]
+        return self.pick(*fit[-4:]) if fit else i
+
+    def shape(self, i): return tuple(self.vals[i].shape)
+    def rank(self, i): return self.vals[i].dim()
+    def add(self, f, *src):
+        "Add a step, unless what it makes is empty or grows too large; returns the index of its value."
+        n = len(self.vals)
+        with torch.no_grad(): self.net.step(self.vals, f, src)
+        if any(v.numel()>20000 or not v.numel() for v in self.vals[n:]): del self.vals[n:]
+        else: self.net.steps.append((f,src))
+        return len(self.vals)-1
+
+    def module(self, m, i):
+        "Add a call of the new module `m`."
+        with torch.no_grad():
+            for p in m.parameters():
+                if p.dim()>1: p.copy_(torch.randn(p.shape, generator=self.gen, dtype=torch.float64)/max(1, p[0].numel())**.5)
+                else: p.copy_(torch.rand(p.shape, generator=self.gen, dtype=torch.float64)+.2)
+        for o in m.modules(): self.hostile(o)
+        self.net.mods.append(m.double().eval())
+        return self.call(len(self.net.mods)-1, i)
+    def call(self, k, i): return self.add(lambda net,x,k=k: net.mods[k](x), i)
+
+    def hostile(self, m):
+        "Statistics and weights with negative and zero scales, tiny and large variances."
+        mean = getattr(m, 'running_mean', None)
+        if mean is None: return
+        n = mean.shape[0]
+        def some(*of): return torch.tensor(of, dtype=torch.float64)[torch.randint(len(of), (n,), generator=self.gen)]
+        mean.data = self.randn(n)
+        m.running_var.data = some(1e-4, .3, 1., 50.)*(torch.rand(n, generator=self.gen, dtype=torch.float64)+.1)
+        with torch.no_grad():
+            if m.weight is not None: m.weight.copy_(some(-1, 1, 1, .01, 0)*(torch.rand(n, generator=self.gen, dtype=torch.float64)+.3))
+            if m.bias is not None: m.bias.copy_(self.randn(n))
+
+    def norm(self, i):
+        "A norm that fits value `i`."
+        s,r = self.shape(i),self.rank(i)
+        if r<2 or r>5: return None
+        which,affine = self.int(0, 17),not self.flag(5)
+        bn = BATCH_NORM[r]
+        if which==0 and r>2: return INSTANCE_NORM[r](s[1], affine=affine, track_running_stats=True)
+        if which==1 and r==4: return FrozenBatchNorm2d(s[1])
+        if which==2: return LayerScale((s[1],*[1]*(r-2)))
+        if which==3: return LayerScale(s[-1])
+        if which==4 and self.vals[i].numel()>s[1]: return nn.GroupNorm(self.pick(*[g for g in range(1, s[1]+1) if s[1]%g==0]), s[1], affine=affine)
+        if which==5: return nn.LayerNorm(s[-1], bias=self.flag())
+        if which==6 and self.vals[i].numel()>s[1]>0 and r>2: return bn(s[1], affine=affine, track_running_stats=False)
+        if which==7 and r==3: return BatchNorm1dFlat(s[-1])
+        return bn(s[1], affine=affine, bias=not self.flag(6))
+
+    def conv(self, i, transposed=False):
+        "A convolution that fits value `i`."
+        s,r = self.shape(i),self.rank(i)
+        if not 3<=r<=5: return None
+        cls = (TRANSPOSED if transposed else CONV)[r]
+        g = self.pick(*[g for g in range(1, s[1]+1) if s[1]%g==0])
+        k = self.int(1, min(3, *s[2:]))
+        kw = dict(groups=g, stride=self.int(1, 2), bias=self.flag(), padding=self.int(0, (k-1)//2 if transposed else k//2))
+        if transposed: kw['output_padding'] = self.int(0, kw['stride']-1)
+        else: kw['padding_mode'] = self.pick('zeros','zeros','reflect','replicate','circular')
+        return cls(s[1], g*self.int(1, 3), k, **kw)
+
+@kind(5)
+def conv_norm_act(b, i):
+    m = b.conv(i)
+    if m is None: return
+    i = b.module(m, i)
+    n = b.norm(i)
+    if n is not None: i = b.module(n, i)
+    if b.flag(): b.module(nn.ReLU(inplace=b.flag()), i)
+@kind(2)
+def norm_conv(b, i):
+    n = b.norm(i)
+    if n is None: return
+    i = b.module(n, i)
+    if b.flag(3): i = b.module(nn.ReLU(inplace=b.flag()), i)
+    m = b.conv(i, transposed=b.flag(3))
+    if m is not None: b.module(m, i)
+@kind()
+def branches(b, i):
+    "Two convolutions and a norm of the same input, as in RepVGG."
+    if not 3<=b.rank(i)<=5: return
+    c,conv,bn = b.shape(i)[1],CONV[b.rank(i)],BATCH_NORM[b.rank(i)]
+    g = b.pick(1, c)
+    ends = [b.module(bn(c), b.module(conv(c, c, k, padding=k//2, groups=g, bias=False), i)) for k in (3,1)]
+    if b.flag(): ends.append(b.module(bn(c), i))
+    while len(ends)>1: ends.append(b.add(lambda net,x,y: x+y, ends.pop(0), ends.pop(0)))
+@kind(2)
+def block(b, i):
+    "A `Sequential` in which norm and activation are inner modules."
+    m = b.conv(i)
+    if m is None: return
+    bn = BATCH_NORM[b.rank(i)](m.out_channels)
+    b.module(nn.Sequential(*b.pick([m,bn,nn.ReLU(True)], [m,bn], [m,nn.Dropout(),bn], [m,bn,bn], [m,nn.LeakyReLU(.1),bn])), i)
+@kind(3)
+def norm(b, i):
+    n = b.norm(i)
+    if n is not None: b.module(n, i)
+@kind(2)
+def linear_norm(b, i):
+    i = b.module(nn.Linear(b.shape(i)[-1], b.int(1, 5), bias=b.flag()), i)
+    n = b.norm(i)
+    if n is not None: b.module(n, i)
+@kind()
+def conv_transpose_norm(b, i):
+    m = b.conv(i, transposed=True)
+    if m is None: return
+    i = b.module(m, i)
+    n = b.norm(i)
+    if n is not None: b.module(n, i)
+@kind()
+def linear(b, i): b.module(nn.Linear(b.shape(i)[-1], b.int(1, 5), bias=b.flag()), i)
+@kind(2)
+def again(b, i):
+    "A module that ran before runs again."
+    old = [(k,m) for k,m in enumerate(b.net.mods)]
+    if not old: return
+    k,_ = b.pick(*old)
+    try: b.call(k, i)
+    except (RuntimeError,ValueError,AssertionError): pass # it takes another shape
+@kind()
+def weight_as_function(b, i):
+    "A convolution's weight is used a second time, by a function."
+    def fits(m): return isinstance(m, (nn.Conv1d,nn.Conv2d)) and m.weight.dim()==b.rank(i) and m.weight.shape[1]*m.groups==b.shape(i)[1]
+    old = [k for k,m in enumerate(b.net.mods) if fits(m)]
+    if not old: return
+    def f(net, x, k=b.pick(*old)):
+        m = net.mods[k]
+        return (F.conv1d if x.dim()==3 else F.conv2d)(x, m.weight, m.bias, padding=m.kernel_size[0], groups=m.groups)
+    b.add(f, i)
+@kind()
+def tie(b, i):
+    old = [m for m in b.net.mods if isinstance(m, (nn.modules.conv._ConvNd,nn.Linear))]
+    if len(old)<2: return
+    m,n = b.pick(*old),b.pick(*old)
+    if m is not n and m.weight.shape==n.weight.shape and len(b.net.steps)==0: n.weight = m.weight
+@kind()
+def weight_norm(b, i):
+    m = b.conv(i)
+    if m is None: return
+    i = b.module(m, i)
+    if m is b.net.mods[-1]: b.net.mods[-1] = nn.utils.parametrizations.weight_norm(m) if b.flag() else nn.utils.weight_norm(m)
+    if b.flag(3): b.module(BATCH_NORM[b.rank(i)](b.shape(i)[1]), i)
+@kind()
+def functional_norm(b, i):
+    bn = nn.BatchNorm1d(b.shape(i)[1]).double().eval() if b.rank(i)>1 else None
+    if bn is None: return
+    b.hostile(bn)
+    b.net.mods.append(bn)
+    b.add(lambda net,x,k=len(b.net.mods)-1: F.batch_norm(x, (m:=net.mods[k]).running_mean, m.running_var, m.weight, m.bias), i)
+@kind()
+def hook(b, i):
+    if len(b.net.mods)==0 or b.net.stashes: return
+    b.net.mods[b.int(0, len(b.net.mods)-1)].register_forward_hook(s:=Stash())
+    b.net.stashes.append(s)
+@kind()
+def hooked_value(b, i):
+    "A new module, and what a hook on it saw."
+    m = b.conv(i) or b.norm(i)
+    if m is None: return
+    m.register_forward_hook(s:=Stash())
+    b.net.stashes.append(s)
+    b.module(m, i)
+    b.add(lambda net,k=len(b.net.stashes)-1: net.stashes[k].out)
+
+def _inplace(b, i): return b.flag() and b.vals[i].untyped_storage().data_ptr() not in b.inputs and all(n==1 or k for n,k in zip(b.shape(i), b.vals[i].stride()))
+@kind(3)
+def activation(b, i):
+    p = _inplace(b, i)
+    acts = nn.ReLU(p),nn.LeakyReLU(.1, p),nn.GELU(),nn.Sigmoid(),nn.Hardtanh(inplace=p),nn.PReLU(),nn.Hardswish(p),nn.Dropout(),nn.Identity()
+    b.module(b.pick(*acts), i)
+@kind()
+def inplace_number(b, i):
+    if _inplace(b, i): b.add(b.pick(lambda net,x: x.mul_(-.5), lambda net,x: x.add_(.7), lambda net,x: x.neg_(), lambda net,x: x.div_(3.)), i)
+@kind()
+def inplace_part(b, i):
+    "A write through a view."
+    if not _inplace(b, i) or b.rank(i)<2: return
+    def f(net, x, how=b.int(0, 3)):
+        if how==0: x[:,:1].add_(1.)
+        elif how==1: x[:,-1] = .5
+        elif how==2: x.transpose(0, 1)[0].mul_(2.)
+        else: x[:1] = x[:1]*2
+        return x
+    b.add(f, i)
+@kind()
+def number(b, i):
+    b.add(b.pick(lambda net,x: x*-1.5, lambda net,x: 1-x, lambda net,x: x/2, lambda net,x: 2+x, lambda net,x: -x, lambda net,x: x-.25, lambda net,x: x.abs(),
+        lambda net,x: x*x, lambda net,x: x+x, lambda net,x: torch.addcmul(x, x, x), lambda net,x: 1/(x.abs()+1), lambda net,x: x*0.), i)
+@kind(3)
+def add(b, i):
+    j = b.like(i, lambda v: v.shape==b.vals[i].shape)
+    if _inplace(b, i): b.add(lambda net,x,y: x.add_(y), i, j)
+    else: b.add(b.pick(lambda net,x,y: x+y, lambda net,x,y: x-y, lambda net,x,y: torch.add(x, y, alpha=.5), lambda net,x,y: torch.addcmul(x, x, y)), i, j)
+@kind()
+def mul(b, i):
+    j = b.like(i, lambda v: v.shape==b.vals[i].shape)
+    if _inplace(b, i): b.add(lambda net,x,y: x.mul_(y), i, j)
+    else: b.add(lambda net,x,y: x*y, i, j)
+@kind(2)
+def gate(b, i):
+    "Squeeze and excitation."
+    if not 3<=b.rank(i)<=5: return
+    g = b.add(lambda net,x: x.mean(list(range(2, x.dim())), keepdim=True), i)
+    if b.flag(): g = b.module(CONV[b.rank(i)](b.shape(i)[1], b.pick(1, b.shape(i)[1]), 1), g)
+    if b.flag(): g = b.module(nn.Sigmoid(), g)
+    j = b.any() if b.flag(3) else i
+    try: b.add(b.pick(lambda net,x,g: x*g, lambda net,x,g: g*x, lambda net,x,g: x+g, lambda net,x,g: x-g), j, g)
+    except RuntimeError: pass # the shapes do not broadcast
+@kind(2)
+def cat(b, i):
+    d = b.int(0, b.rank(i)-1)
+    j = b.like(i, lambda v: v.dim()==b.rank(i) and all(m==n for k,(m,n) in enumerate(zip(v.shape, b.shape(i))) if k!=d))
+    b.add(lambda net,x,y,d=d: torch.cat([x,y], d), *b.pick((i,j),(j,i)))
+@kind()
+def stack(b, i):
+    if b.rank(i)<5: b.add(lambda net,x,y,d=b.int(0, b.rank(i)): torch.stack([x,y], d), i, b.like(i, lambda v: v.shape==b.vals[i].shape))
+@kind(2)
+def cut(b, i):
+    d = b.int(0, b.rank(i)-1)
+    n = b.shape(i)[d]
+    k = b.int(0, n-1)
+    fs = [lambda net,x,d=d,k=k: x.narrow(d, k, x.shape[d]-k), lambda net,x,d=d,k=k: x.split(k+1, d), lambda net,x,d=d: x.chunk(2, d),
+        lambda net,x,d=d,k=k: x.transpose(0, d)[k:].transpose(0, d), lambda net,x,d=d: x.transpose(0, d)[::2].transpose(0, d),
+        lambda net,x,d=d,k=k: x.flip(d), lambda net,x,d=d,k=k: x.roll(k, d), lambda net,x,k=k: x.roll(k)]
+    if b.rank(i)>2: fs += [lambda net,x,d=d,k=k: x.select(d, k), lambda net,x,d=d: x.unbind(d)]
+    b.add(b.pick(*fs), i)
+@kind(2)
+def view(b, i):
+    s,r = b.shape(i),b.rank(i)
+    d = b.int(0, r-2) if r>1 else 0
+    fs = [lambda net,x: x.clone(), lambda net,x: x.detach(), lambda net,x: x.contiguous()]
+    order = tuple(b.int(0, k) for k in range(r))
+    if r>1: fs += [lambda net,x,d=d: x.flatten(d, d+1), lambda net,x: x.flatten(1), lambda net,x,d=d: x.transpose(d, d+1),
+        lambda net,x,p=order: x.permute(_perm(p)), lambda net,x: x.squeeze()]
+    if r<5: fs += [lambda net,x,d=d: x.unsqueeze(d), lambda net,x: x[None].expand(2, *x.shape)]
+    if r>1 and s[1]%2==0 and r<5: fs += [lambda net,x: x.unflatten(1, (2,x.shape[1]//2)), lambda net,x: x.unflatten(1, (x.shape[1]//2,2))]
+    fs.append(lambda net,x,reps=tuple(b.int(1, 2) for _ in s): x.repeat(*reps))
+    b.add(b.pick(*fs), i)
+def _perm(p):
+    "A permutation from draws 0…k for position k."
+    res = []
+    for k,at in enumerate(p): res.insert(at, k)
+    return res
+@kind(2)
+def pool(b, i):
+    r = b.rank(i)
+    if not 3<=r<=5 or min(b.shape(i)[2:])<2: return
+    k,kw = b.int(1, 2),dict(ceil_mode=b.flag())
+    kw['padding'] = min(b.int(0, 1), k//2)
+    b.module(b.pick(AVG_POOL[r](k, count_include_pad=b.flag(), **kw), MAX_POOL[r](k, **kw), ADAPTIVE_AVG[r](b.int(1, 3)), ADAPTIVE_MAX[r](b.int(1, 3))), i)
+@kind()
+def reduce(b, i):
+    if b.rank(i)<3: return
+    d,keep = b.int(0, b.rank(i)-1),b.flag()
+    fs = [lambda net,x,d=d,k=keep: x.mean(d, keepdim=k), lambda net,x,d=d,k=keep: x.sum(d, keepdim=k), lambda net,x,d=d,k=keep: x.amax(d, keepdim=k),
+        lambda net,x,d=d,k=keep: x.max(d, keepdim=k)[0], lambda net,x,k=keep: x.mean((1,2), keepdim=k), lambda net,x,d=d: x.softmax(d)]
+    b.add(b.pick(*fs), i)
+@kind()
+def resize(b, i):
+    r = b.rank(i)
+    if not 3<=r<=5: return
+    fs = [lambda net,x: F.interpolate(x, scale_factor=2.), lambda net,x,m={3:'linear',4:'bilinear',5:'trilinear'}[r],a=b.flag(): F.interpolate(x, size=3, mode=m, align_corners=a)]
+    if r==4: fs += [lambda net,x: F.interpolate(x, size=5, mode='bicubic'), lambda net,x: F.interpolate(x, size=4, mode='bilinear', antialias=True)]
+    if r==4 and b.shape(i)[1]%4==0: fs.append(lambda net,x: F.pixel_shuffle(x, 2))
+    if r==4 and not any(n%2 for n in b.shape(i)[2:]): fs.append(lambda net,x: F.pixel_unshuffle(x, 2))
+    if r==4 and b.shape(i)[1]%2==0: fs.append(lambda net,x: F.channel_shuffle(x, 2))
+    b.add(b.pick(*fs), i)
+@kind()
+def pad(b, i):
+    p = [b.int(0, 2),b.int(0, 1)]
+    fs = [lambda net,x,p=p: F.pad(x, p), lambda net,x,p=p: F.pad(x, p, value=.5)]
+    if b.rank(i)>2: fs.append(lambda net,x,p=p: F.pad(x, [0,0]*(x.dim()-2)+p))
+    if b.rank(i)==3 and b.shape(i)[-1]>2: fs += [lambda net,x,p=p: F.pad(x, p, mode='reflect'), lambda net,x,p=p: F.pad(x, p, mode='circular')]
+    b.add(b.pick(*fs), i)
+@kind()
+def attention(b, i):
+    if b.rank(i)!=3: return
+    j = b.like(i, lambda v: v.dim()==3 and v.shape==b.vals[i].shape)
+    a = b.add(lambda net,x,y: x@y.transpose(1, 2), i, j)
+    if b.flag(): a = b.add(lambda net,x: x.softmax(-1), a)
+    if b.vals[a].dim()==3 and b.vals[a].shape[-1]==b.shape(i)[1]: b.add(lambda net,a,x: a@x, a, i)
+@kind()
+def square(b, i):
+    if b.rank(i)==2 and b.shape(i)[0]==b.shape(i)[1]: b.add(lambda net,x: x@x, i)
+    elif b.rank(i)==2: b.add(lambda net,x: x.t()@x, i)
+@kind()
+def constant(b, i):
+    "A parameter that every position meets: a bias, a mask, a position embedding."
+    b.net.mods.append(nn.ParameterList([b.randn(*[n if b.flag() else 1 for n in b.shape(i)[1:]])]))
+    k = len(b.net.mods)-1
+    b.add(b.pick(lambda net,x,k=k: x+net.mods[k][0], lambda net,x,k=k: net.mods[k][0]*x, lambda net,x,k=k: net.mods[k][0]-x, lambda net,x,k=k: x/net.mods[k][0],
+        lambda net,x,k=k: torch.cat([x, net.mods[k][0].expand_as(x)], 1)), i)
+
+TABLE = [f for f,w in KINDS.values() for _ in range(w)]
+
+def network(
+    draw, # (lowest, highest) -> an integer in between
+): # (model, sample)
+    "A random network, with at least one norm most of the time."
+    b = Builder(draw)
+    for _ in range(draw(2, 14)): TABLE[draw(0, len(TABLE)-1)](b, b.any())
+    used = {i for _,src in b.net.steps for i in src}
+    ends = [i for i in range(len(b.vals)) if i not in used and i>=len(b.sample)]
+    b.net.outs = ends if draw(0, 2) else [len(b.vals)-1]
+    if not draw(0, 3): b.net.outs = [*b.net.outs, b.any()]
+    return b.net.eval(),b.sample
+
+@st.composite
+def networks(draw): return network(lambda lo,hi: draw(st.integers(lo, hi)))
+
+def perturbed(model, size=1e-10):
+    "A copy of `model` with all its numbers a little off: by how much its outputs move is how well they are determined."
+    res,g = to_double(model),torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for t in (*res.parameters(),*res.buffers()):
+            if t.is_floating_point(): t.mul_(1+size*torch.randn(t.shape, generator=g, dtype=torch.float64))
+    return res
+
+def agree(outs, refs, model, sample, sens=None):
+    "Assert that `outs` are `refs` to 1e-9 of their size, or to what rounding makes of them."
+    assert len(outs)==len(refs)
+    for k,(a,b) in enumerate(zip(outs, refs)):
+        assert a.shape==b.shape
+        fin = b.isfinite()
+        assert torch.equal(fin, a.isfinite()), f"output {k} is not finite in other places"
+        err,size = (a[fin]-b[fin]).norm().item(),b[fin].norm().item()
+        if err>1e-9*size:
+            sens = sens or run(perturbed(model), sample)
+            noise = (sens[k][fin]-b[fin]).norm().item()
+            assert err<=noise+1e-9*size, f"output {k} is off by {err:.1e} of {size:.1e} (rounding: {noise:.1e})"
+
+def norms_that_run(model, sample):
+    "Qualified names of the norm modules that a forward pass calls."
+    names,ran = {m:n for n,m in model.named_modules()},set()
+    norms = (nn.modules.batchnorm._NormBase,FrozenBatchNorm2d,LayerScale)
+    handle = register_module_forward_hook(lambda m,i,o: ran.add(m))
+    try: run(model, sample)
+    finally: handle.remove()
+    return {names[m] for m in ran if isinstance(m, norms) and not (isinstance(m, nn.modules.instancenorm._InstanceNorm) and not m.track_running_stats)}
+
+def check(model, sample):
+    "All that must hold of one network."
+    before,other = state(model),tuple(o*3+1 for o in sample)
+    refs,refs2 = run(model, sample),run(model, other)
+    assert state(model)==before
+    folder = BN_Folder(verify=False)
+    new = folder.fold(model, sample)
+    plan = folder.result
+    assert state(model)==before, "the original changed"
+    lost = norms_that_run(model, sample)-{*names_of(plan.folded),*names_of(plan.kept)}
+    assert not lost, f"{lost} neither folded nor kept"
+    assert not {*names_of(plan.folded)}&{*names_of(plan.kept)} and all(o.reason for o in plan.kept)
+    agree(run(new, sample), refs, model, sample)
+    agree(run(new, other), refs2, model, other)
+    folder = BN_Folder()
+    assert folder.fold(model, sample, inplace=True) is model
+    agree(run(model, sample), refs, model, sample)
+    folder.undo()
+    assert state(model)==before, "undo gave something else back"
+    return plan
+
+@pytest.mark.timeout(1200)
+@given(networks())
+def test_random_networks(net): check(*net)

@@ -1,0 +1,375 @@
+"Whatever goes wrong, the model is as it was; and what is folded keeps its dtype, device, memory format and wrappers."
+import random, sys
+import numpy as np, pytest, torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+import fasterfold.fold as fold_module
+from fasterfold.trace import FoldError
+from helpers import *
+
+class Noisy(nn.Module):
+    "Draws random numbers of every kind and drops them; counts its calls in a buffer."
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('calls', torch.zeros(()))
+    def forward(self, x):
+        for draw in (random.random,np.random.rand,lambda: torch.rand(1)): draw()
+        self.calls += 1
+        return x
+
+def seen(m, args, out): pass
+
+def network():
+    "Modes, gradients and hooks of every kind, and norms that fold back, forward, and not at all."
+    body = nn.Conv2d(3, 4, 3, bias=False),nn.BatchNorm2d(4),nn.ReLU(inplace=True),Noisy(),nn.BatchNorm2d(4),nn.Conv2d(4, 6, 3),nn.BatchNorm2d(6)
+    net = nn.Sequential(*body, nn.Dropout2d(), nn.Flatten(), nn.Linear(96, 5), nn.ReLU(), nn.BatchNorm1d(5), nn.Linear(5, 2))
+    net = randomize_norms(net).train()
+    for i in (1,7): net[i].eval()
+    net[0].weight.requires_grad_(False)
+    net[9].bias.requires_grad_(False)
+    net[2].register_forward_hook(seen)
+    net[12].weight.grad = torch.ones_like(net[12].weight)
+    return net
+def sample(): return torch.randn(4, 3, 8, 8)
+
+ERRORS = RuntimeError,MemoryError,KeyboardInterrupt,GeneratorExit
+
+def unharmed(net, x, error, folder=None):
+    "Fold in place and as a copy while something raises `error`; returns whether it came through."
+    before,grads = state(net),[p.grad for p in net.parameters()]
+    folder = folder or BN_Folder()
+    came = False
+    for inplace in (True,False):
+        try: folder.fold(net, x, inplace=inplace)
+        except error: came = True
+        except FoldError: came = True
+        else:
+            if inplace: folder.undo()
+        assert state(net)==before and all(p.grad is g for p,g in zip(net.parameters(), grads))
+    return came
+
+STAGES = 'trace plan_folds apply_plan Snapshot infer_sample edited run compare_runs prove to_double distance other_sample copy_model'.split()
+@pytest.mark.parametrize('error', ERRORS)
+@pytest.mark.parametrize('home,stage', [*[(fold_module,o) for o in STAGES],(nn,'Identity')])
+def test_error_at_a_stage(home, stage, error, monkeypatch):
+    "Each stage fails once, at its first, second, … call."
+    net,x,right = network().double(),sample().double(),getattr(home, stage)
+    if stage in ('prove','to_double','distance'): net,x = net.bfloat16(),x.bfloat16() # half precision is proved in float64
+    failures = 0
+    for n in range(1, 30):
+        calls = 0
+        def fails(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls==n: raise error('planted')
+            return right(*args, **kwargs)
+        with monkeypatch.context() as m:
+            m.setattr(home, stage, fails)
+            failures += unharmed(net, None if stage=='infer_sample' else x, error)
+        if calls<n: break
+    assert calls and (failures or stage in ('run','prove','to_double','distance') and error is not KeyboardInterrupt)
+
+class Bomb(TorchDispatchMode):
+    "Raises `error` instead of running operation number `at`, copies into existing memory not counted: with these a model is put back."
+    def __init__(self, at, error):
+        super().__init__()
+        self.at,self.error,self.n = at,error,0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += func is not torch.ops.aten.copy_.default
+        if self.n==self.at and func is not torch.ops.aten.copy_.default: raise self.error('planted')
+        return func(*args, **(kwargs or {}))
+
+@pytest.mark.parametrize('options', [{},dict(channels_last=True, strip_dropout=True)])
+@pytest.mark.parametrize('error', [torch.OutOfMemoryError,KeyboardInterrupt])
+def test_error_at_every_operation(error, options):
+    "Out of memory or Ctrl-C in the middle of tracing, planning, editing or proving."
+    net,other,x = network(),network(),sample()
+    before = state(net)
+    with Bomb(0, error) as bomb: BN_Folder(**options).fold(other, x, inplace=True)
+    assert bomb.n>100
+    for at in range(1, bomb.n+1, 3):
+        folder = BN_Folder(**options)
+        try:
+            with Bomb(at, error): folder.fold(net, x, inplace=True)
+        except (error,FoldError): pass
+        else: folder.undo()
+        assert state(net)==before, f"operation {at}"
+
+@pytest.mark.parametrize('error', ERRORS)
+def test_hook_that_raises(error):
+    for at in range(1, 6):
+        net,x,calls = network(),sample(),0
+        def hook(m, args, out):
+            nonlocal calls
+            calls += 1
+            if calls==at: raise error('planted')
+        net[8].register_forward_hook(hook)
+        unharmed(net, x, error)
+
+def test_plan_changes_nothing():
+    net,x = network(),sample()
+    before = state(net)
+    plan = BN_Folder().plan(net, x)
+    assert state(net)==before and names_of(plan.folded)+names_of(plan.kept)
+
+def test_copy_changes_nothing():
+    net,x = network(),sample()
+    before = state(net)
+    new = BN_Folder().fold(net, x)
+    assert state(net)==before
+    assert not {t.data_ptr() for t in net.state_dict().values()}&{t.data_ptr() for t in new.state_dict().values()}
+    assert [m.training for m in new]==[m.training for m in net]
+
+@pytest.mark.parametrize('options', [{},dict(channels_last=True),dict(strip_dropout=True),dict(merge_branches=True),dict(verify=False)])
+def test_undo_is_exact(options):
+    net,x = network(),sample()
+    before,folder = state(net),BN_Folder(**options)
+    for _ in range(2):
+        assert folder.fold(net, x, inplace=True) is net and state(net)!=before
+        folder.undo()
+        assert state(net)==before
+    with pytest.raises(FoldError, match='nothing to undo'): folder.undo()
+    folder.fold(net, x, inplace=True)
+    folder.undo()
+    folder.refold()
+    folded = run(net, x)
+    folder.undo()
+    assert state(net)==before and distance(folded, run(net, x))<1e-5
+
+def test_random_numbers_are_not_used_up():
+    net,x,made_up = network(),sample(),pair()
+    before = rng_state()
+    BN_Folder().fold(net, x)
+    BN_Folder().fold(made_up)
+    BN_Folder().plan(made_up)
+    assert rng_state()==before
+
+@pytest.mark.parametrize('wrapped', [torch.no_grad,torch.enable_grad,torch.inference_mode])
+def test_under_any_gradient_mode(wrapped):
+    net,x = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))),sample()
+    with wrapped(): new = BN_Folder().fold(net, x)
+    assert isinstance(new[1], nn.Identity) and distance(run(new, x), run(net, x))<1e-6
+    new(x).sum().backward()
+    assert new[0].weight.grad is not None
+
+def test_deterministic():
+    net,x = network(),sample()
+    a,b = (BN_Folder().fold(net, x).state_dict() for _ in range(2))
+    assert all(torch.equal(a[k], b[k]) for k in a) and a.keys()==b.keys()
+
+# ---- dtypes, formats, devices
+
+DTYPES = torch.float16,torch.bfloat16,torch.float32,torch.float64
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format,torch.channels_last])
+def test_dtype_and_memory_format(dtype, memory_format):
+    net = nn.Sequential(nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    net = randomize_norms(net).to(dtype, memory_format=memory_format)
+    net[0].weight.requires_grad_(False)
+    x = torch.randn(2, 4, 8, 8).to(dtype, memory_format=memory_format)
+    weight,folder = net[0].weight,BN_Folder()
+    strides = weight.stride()
+    check_fold(net, folder.fold(net, x), x)
+    assert folder.fold(net, x, inplace=True) is net and names_of(folder.result.folded)==['1','4']
+    assert net[0].weight is weight and weight.stride()==strides and weight.dtype is dtype and not weight.requires_grad
+    bias = net[0].bias
+    assert isinstance(bias, nn.Parameter) and bias.dtype is dtype and bias.device==weight.device and not bias.requires_grad
+    assert net[3].weight.requires_grad and net[3].bias.requires_grad
+
+def test_new_bias_learns_as_its_weight_does():
+    net = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)))
+    new = BN_Folder().fold(net, sample())
+    assert new[0].bias.requires_grad and new[0].bias.is_leaf and 'bias' in dict(new[0].named_parameters())
+
+def test_mixed_dtypes():
+    "Half-precision body, float32 head."
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU()).bfloat16()
+            self.head = nn.Sequential(nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2))
+        def forward(self, x): return self.head(self.body(x.to(self.body[0].weight)).to(self.head[0].weight))
+    net,x = randomize_norms(Head()),sample()
+    folder = BN_Folder()
+    new = folder.fold(net, x)
+    assert len(folder.result.folded)==2 and new.body[0].bias.dtype is torch.bfloat16 and new.head[0].bias.dtype is torch.float32
+    assert distance(run(new, x), run(net, x))<.05
+
+def test_under_autocast():
+    net,x = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2), nn.BatchNorm1d(2))),sample()
+    with torch.autocast('cpu', dtype=torch.bfloat16): new = BN_Folder().fold(net, x)
+    assert new[0].weight.dtype is torch.float32 and distance(run(new, x), run(net, x))<1e-5
+
+def test_float16_overflow_is_kept():
+    "The scale of one channel is beyond what float16 holds."
+    net = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))).half()
+    with torch.no_grad():
+        for p in net[0].parameters(): p.mul_(.01)
+        net[0].weight[1:] = 0
+        net[0].weight[0,0,0,0] = 5.
+        net[1].running_mean.zero_()
+        net[1].running_var.fill_(1e-7)
+        net[1].weight.fill_(30.)
+    net[1].eps = 0.
+    x,folder = (torch.randn(2, 3, 8, 8)*1e-3).half(),BN_Folder()
+    new = folder.fold(net, x)
+    assert 'overflow float16' in reason(folder.result, '1') and names_of(folder.result.folded)==['4']
+    assert torch.equal(new[0].weight, net[0].weight) and isinstance(new[1], nn.BatchNorm2d)
+
+def test_subnormal_weights_become_zero():
+    net = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    net[1].weight.data[0] = 1e-38
+    w = BN_Folder().fold(net, sample())[0].weight
+    assert not ((w!=0) & (w.abs()<torch.finfo(torch.float32).tiny)).any()
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_cuda():
+    net,x = network().cuda(),sample().cuda()
+    before,folder = [(k,v.data_ptr(),v.clone()) for k,v in net.state_dict().items()],BN_Folder()
+    check_fold(net.eval(), new:=folder.fold(net, x), x)
+    assert names_of(folder.result.folded) and new[0].bias.is_cuda
+    folder.fold(net, x, inplace=True)
+    folder.undo()
+    assert all(k==n and p==v.data_ptr() and torch.equal(t, v) for (k,p,t),(n,v) in zip(before, net.state_dict().items()))
+
+# ---- samples
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv,self.norm = nn.Conv2d(3, 4, 3),nn.BatchNorm2d(4)
+    def forward(self, x, y=None, *, z=0.): return dict(out=self.norm(self.conv(x if y is None else x+y)), z=[z])
+
+@pytest.mark.parametrize('given', [lambda x: x, lambda x: (x,), lambda x: (x,x*2), lambda x: dict(x=x, y=x*2, z=1.), lambda x: dict(x=x, z=x[0])])
+def test_samples(given):
+    net,x = randomize_norms(Two()),given(sample())
+    folder = BN_Folder()
+    new = folder.fold(net, x)
+    assert names_of(folder.result.folded)==['norm'] and distance(run(new, x), run(net, x))<1e-6
+
+def test_list_is_one_argument():
+    class First(Two):
+        def forward(self, xs): return super().forward(xs[0])
+    folder = BN_Folder()
+    folder.fold(randomize_norms(First()), [sample(),sample()])
+    assert names_of(folder.result.folded)==['norm']
+
+def test_sample_stays():
+    "Also where the model writes to it."
+    net,x = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(True))),sample()
+    was = x.clone()
+    BN_Folder().fold(net, x)
+    assert torch.equal(x, was) and not x.requires_grad
+
+def test_batch_of_one():
+    folder = BN_Folder()
+    folder.fold(network(), sample()[:1])
+    assert names_of(folder.result.folded)+names_of(folder.result.kept)
+
+@pytest.mark.parametrize('model', [lambda: nn.Conv2d(3, 4, 3), lambda: nn.Conv1d(2, 4, 3), lambda: nn.Conv3d(1, 4, 3), lambda: nn.Linear(7, 4)])
+def test_sample_is_made_up(model):
+    first = model()
+    norm = {nn.Conv1d:nn.BatchNorm1d,nn.Conv2d:nn.BatchNorm2d,nn.Conv3d:nn.BatchNorm3d,nn.Linear:nn.BatchNorm1d}[type(first)](4)
+    assert isinstance(BN_Folder().fold(randomize_norms(nn.Sequential(first, norm)))[1], nn.Identity)
+
+# ---- wrappers
+
+def pair(): return randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+
+def test_data_parallel():
+    net,x = nn.DataParallel(pair()),sample()
+    ref,folder = run(net, x),BN_Folder()
+    assert folder.fold(net, x, inplace=True) is net
+    assert isinstance(net.module[1], nn.Identity) and names_of(folder.result.folded)==['1'] and distance(run(net, x), ref)<1e-6
+    assert isinstance(BN_Folder().fold(nn.DataParallel(pair()), x), nn.Sequential)
+
+def test_distributed_data_parallel(tmp_path):
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        net,x = nn.parallel.DistributedDataParallel(pair()),sample()
+        ref,folder = run(net, x),BN_Folder()
+        assert folder.fold(net, x, inplace=True) is net
+        assert isinstance(net.module[1], nn.Identity) and distance(run(net, x), ref)<1e-6
+        folder.undo()
+        assert isinstance(net.module[1], nn.BatchNorm2d) and distance(run(net, x), ref)==0
+        assert isinstance(BN_Folder().fold(net, x)[1], nn.Identity)
+    finally: dist.destroy_process_group()
+
+def test_sync_batchnorm():
+    net,x = nn.SyncBatchNorm.convert_sync_batchnorm(pair()),sample()
+    folder = BN_Folder()
+    assert isinstance(folder.fold(net, x)[1], nn.Identity)
+
+def test_compiled():
+    net,x = torch.compile(pair(), backend='eager'),sample()
+    with torch.no_grad(): ref = [net(x)]
+    assert BN_Folder().fold(net, x, inplace=True) is net
+    with torch.no_grad(): assert distance([net(x)], ref)<1e-6
+    assert isinstance(net._orig_mod[1], nn.Identity)
+
+# ---- bad input
+
+class Lazy(nn.Sequential):
+    def __init__(self): super().__init__(nn.LazyConv2d(4, 3), nn.BatchNorm2d(4))
+
+def quantized():
+    from torch.ao.nn.quantized import Conv2d
+    return nn.Sequential(Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+
+class Learnerish: dls,model = None,nn.Linear(2, 2)
+
+BAD = dict(script=(lambda: torch.jit.script(pair()), 'TorchScript'), traced=(lambda: torch.jit.trace(pair(), sample()), 'TorchScript'),
+    script_inside=(lambda: nn.Sequential(torch.jit.script(pair()), nn.ReLU()), 'TorchScript'), quantized=(quantized, 'quantized'), meta=(lambda: pair().to('meta'), 'meta'),
+    lazy=(Lazy, 'initialised'), function=(lambda: (lambda x: x), 'torch.nn.Module'), none=(lambda: None, 'torch.nn.Module'), weights=(lambda: pair().state_dict(), 'torch.nn.Module'),
+    kind=(lambda: nn.BatchNorm2d, 'torch.nn.Module'), learner=(Learnerish, 'learn.model'))
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', BAD)
+@pytest.mark.parametrize('method', ['fold','plan'])
+def test_bad_models(name, method):
+    make,says = BAD[name]
+    model,x = make(),sample()
+    before = state(model) if isinstance(model, nn.Module) and name not in ('meta','lazy','quantized') else None
+    with pytest.raises(FoldError, match=says) as e: getattr(BN_Folder(), method)(model, x)
+    assert len(str(e.value))>40 # it says what to do, too
+    if before is not None: assert state(model)==before
+
+REJECTED = dict(channels=torch.randn(2, 5, 8, 8), dimensions=torch.randn(3), too_many=(torch.randn(2, 3, 8, 8),1), name=dict(y=torch.randn(2, 3, 8, 8)), text='cat',
+    integers=torch.randint(3, (2,3,8,8)), nothing=())
+@pytest.mark.parametrize('bad', REJECTED.values(), ids=REJECTED)
+def test_samples_the_model_rejects(bad):
+    net = network()
+    before = state(net)
+    for method in (lambda f: f.fold(net, bad, inplace=True), lambda f: f.fold(net, bad), lambda f: f.plan(net, bad)):
+        with pytest.raises(FoldError, match='sample'): method(BN_Folder())
+        assert state(net)==before
+
+def test_no_sample_can_be_made_up():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv,self.norm = nn.Conv2d(3, 4, 3),nn.BatchNorm2d(4)
+        def forward(self, images, boxes): return self.norm(self.conv(images)).sum()+boxes.sum()
+    with pytest.raises(FoldError, match='sample='): BN_Folder().fold(Odd())
+
+@pytest.mark.parametrize('model', [lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Identity])
+def test_model_without_norms_folds_to_itself(model):
+    net,x,folder = model(),sample(),BN_Folder()
+    new = folder.fold(net, x)
+    assert type(new) is type(net) and 'no norm' in str(folder.result) and 'no norm' in folder.result._repr_html_()
+    assert folder.fold(net, x, inplace=True) is net
+    folder.undo()
+
+def test_outputs_that_are_not_finite():
+    net,x = pair(),sample()
+    x[0,0,0,0] = float('nan')
+    folder = BN_Folder()
+    new = folder.fold(net, x)
+    assert distance(run(new, x), run(net, x))<1e-6
+
+def test_merge_branches_without_timm(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'timm.utils', None)
+    net,x = network(),sample()
+    before = state(net)
+    with pytest.raises(FoldError, match='pip install timm'): BN_Folder(merge_branches=True).fold(net, x, inplace=True)
+    assert state(net)==before
