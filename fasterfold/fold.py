@@ -51,25 +51,28 @@ class Snapshot:
         for p,grad in self.grads: p.requires_grad_(grad)
 
 # %% ../nbs/04_fold.ipynb #2727ba79
-def _rounded(t, dtype):
-    "`t` in `dtype`, subnormals as zero."
-    res,info = t.to(dtype),torch.finfo(dtype)
-    return res if dtype is torch.float16 else F.hardshrink(res, info.tiny*(1-info.eps))
+def _round_to(out, t):
+    "Write `t` to `out` in its dtype, subnormals as zero."
+    out.copy_(t)
+    info = torch.finfo(out.dtype)
+    if out.dtype is not torch.float16: torch.hardshrink(out, info.tiny*(1-info.eps), out=out)
 
 def edited(
     p:Tensor, # A parameter, or float64 numbers
     maps:list, # `Affine` maps of it, in order
 )->Tensor: # In the dtype, device and memory format of `p`
     "`p` after all `maps`, computed in float64 and rounded once."
-    new,n = torch.empty_like(p),max(1, 2**18*len(p)//max(p.numel(), 1)) if p.dim() else 1
+    new,n = torch.empty_like(p),max(1, 2**16*torch.get_num_threads()*len(p)//max(p.numel(), 1)) if p.dim() else 1 # as much as caches hold
     for i in range(0, len(p) if p.dim() else 1, n):
-        t = (p[i:i+n] if p.dim() else p).cpu()
+        t = (p[i:i+n] if p.dim() else p).to('cpu', torch.float64)
         for a in maps: t = a.rows(i, n)(t)
-        (new[i:i+n] if p.dim() else new).copy_(_rounded(t, p.dtype))
+        _round_to(new[i:i+n] if p.dim() else new, t)
     return new
 
 # %% ../nbs/04_fold.ipynb #279f6a4a
-def _finite(t): return not t.numel() or bool(torch.stack(torch.aminmax(t)).isfinite().all())
+def _finite(t):
+    if not t.numel() or t.sum().isfinite(): return True # a sum is read faster, but may overflow where no element did
+    return bool(torch.stack(torch.aminmax(t)).isfinite().all())
 
 def _write(model, snap, v, maps):
     "Give the parameter of `model` that belongs to leaf value `v` its `maps`, or make it."
