@@ -103,7 +103,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'fasterfold.fold._merge': ('fold.html#_merge', 'fasterfold/fold.py'),
                                  'fasterfold.fold._merge_branches': ('fold.html#_merge_branches', 'fasterfold/fold.py'),
                                  'fasterfold.fold._put': ('fold.html#_put', 'fasterfold/fold.py'),
-                                 'fasterfold.fold._rounded': ('fold.html#_rounded', 'fasterfold/fold.py'),
+                                 'fasterfold.fold._round_to': ('fold.html#_round_to', 'fasterfold/fold.py'),
                                  'fasterfold.fold._strip': ('fold.html#_strip', 'fasterfold/fold.py'),
                                  'fasterfold.fold._tests': ('fold.html#_tests', 'fasterfold/fold.py'),
                                  'fasterfold.fold._write': ('fold.html#_write', 'fasterfold/fold.py'),

@@ -8,6 +8,7 @@ __all__ = ['count_parameters', 'model_size', 'show_seconds', 'Latency', 'Compari
 
 # %% ../nbs/05_report.ipynb #9f1ee2d5
 import html,io,json,math,os,re
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass,field
 from pathlib import Path
@@ -160,7 +161,7 @@ def compare(
 
 # %% ../nbs/05_report.ipynb #e4ed0b21
 def latency(
-    model:nn.Module, # Module, or anything callable
+    model:Callable, # Module, or anything callable
     sample=None, # Its input, as for `compare`
     seconds:float=1., # About how long to time it
     progress:bool=False, # Show a progress bar?
@@ -198,7 +199,7 @@ class Rounding:
     def __str__(self):
         res = f'Largest difference of outputs: {self.difference:.2g}, where outputs go up to {self.scale:.3g}.'
         if self.original is None: return res
-        return f'{res} Distance to a float64 run of the original: {self.original:.2g} before, {self.folded:.2g} after.'
+        return f'{res} Rounding error (distance to a float64 run of the original): {self.original:.2g} before, {self.folded:.2g} after.'
 
 def _gap(a, b): return max([0., *((x.double()-y.double()).abs().max().item() for x,y in zip(a, b) if x.numel())])
 
@@ -270,6 +271,8 @@ def kept_rows(
     return [['norm', 'norms', 'why'], *_cut(rows, limit, more)]
 
 # %% ../nbs/05_report.ipynb #434ef1f3
+_where_to = dict(back='into layers before them', forward='into layers after them', beside='into layers beside them')
+
 @dataclass(repr=False)
 class FoldReport:
     "What folding changed."
@@ -287,9 +290,9 @@ class FoldReport:
         "How many norms were folded."
         n,kept = len(self.plan.folded),len(self.plan.kept)
         if not n+kept: return 'No normalization layers found: nothing to fold.'
-        forward = sum(f.direction=='forward' for f in self.plan.folded)
-        ways = f' ({n-forward} into layers before them, {forward} into layers after)' if forward else ''
-        return f"Folded {n} of {n+kept} normalization layers{ways}, {kept or 'none'} kept."
+        many = {d:sum(f.direction==d for f in self.plan.folded) for d in _where_to}
+        ways = ', '.join(f'{m} {_where_to[d]}' for d,m in many.items() if m)
+        return f"Folded {n} of {n+kept} normalization layers{f' ({ways})' if many['back']<n else ''}, {kept or 'none'} kept."
 
     def to_df(self)->pd.DataFrame:
         "Every norm with what became of it."

@@ -7,7 +7,8 @@ import matplotlib.pyplot as plt, pytest, torch
 from matplotlib.colors import to_rgb
 from torch import nn
 from fasterfold.fold import BN_Folder
-from fasterfold.report import FoldReport,compare,count_parameters,folded_rows,kept_rows,latency,report,rounding
+from fasterfold.plan import FoldPlan,Folded,Kept
+from fasterfold.report import FoldReport,compare,count_parameters,folded_rows,kept_rows,latency,model_size,report,rounding
 
 def norms(model): return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
@@ -92,11 +93,60 @@ def test_500_norms_are_a_short_report(deep):
     assert len(deep._repr_html_())<20_000
 
 def test_many_reasons_are_cut_with_a_pointer_to_all(deep):
-    from fasterfold.plan import FoldPlan,Folded,Kept
     plan = FoldPlan([Folded(f'm{i}', [f'c{i}'], 'back') for i in range(40)], [Kept(f'k{i}', f'reason {i}') for i in range(40)])
     for rows in (folded_rows(plan),kept_rows(plan)):
         assert len(rows)==13 and rows[-1][0]=='and 29 more' and sum(int(r[1]) for r in rows[1:])==40
     assert 'to_df()' in kept_rows(plan)[-1][2]
+
+class Beside(nn.Module):
+    "A norm added to a convolution of its own input, one before a linear layer, and one after a convolution."
+    def __init__(self):
+        super().__init__()
+        self.first,self.norm = nn.Conv2d(3, 4, 1),nn.BatchNorm2d(4)
+        self.conv,self.skip = nn.Conv2d(4, 4, 3, padding=1),nn.BatchNorm2d(4)
+        self.last,self.head = nn.BatchNorm1d(4),nn.Linear(4, 2)
+    def forward(self, x):
+        x = self.norm(self.first(x)).relu()
+        x = (self.conv(x)+self.skip(x)).relu()
+        return self.head(self.last(x.mean((2,3))))
+
+def test_headline_says_where_to():
+    model,x = trained(Beside()),torch.randn(2,3,5,5)
+    folder = BN_Folder()
+    folded = folder.fold(model, x)
+    line = report(model, folded, folder.result, {}).headline
+    assert line=='Folded 3 of 3 normalization layers (1 into layers before them, 1 into layers after them, 1 into layers beside them), none kept.'
+    only = lambda ds,kept=0: FoldReport(FoldPlan([Folded(d, ['c'], d) for d in ds], [Kept('k', 'why')]*kept), (1,1), (4,4)).headline
+    assert only(['back','back'])=='Folded 2 of 2 normalization layers, none kept.'
+    assert only(['forward'], 1)=='Folded 1 of 2 normalization layers (1 into layers after them), 1 kept.'
+    assert only(['beside','beside'])=='Folded 2 of 2 normalization layers (2 into layers beside them), none kept.'
+    assert only([], 3)=='Folded 0 of 3 normalization layers, 3 kept.'
+
+def test_text_and_page_say_it_all(deep):
+    "Threads, device, runs and ratio of each timing; the largest difference next to the original's own rounding error."
+    threads = torch.get_num_threads()
+    r,a,b = deep.rounding,deep.latency['1 item']['original'],deep.latency['1 item']['folded']
+    for text in (str(deep),Balance(deep._repr_html_()).text):
+        for said in (f"medians on cpu, {threads} thread{'s'*(threads!=1)}", 'latency, 1 item', 'latency, batch of 2', 'valid_loss', 'MB',
+            f'{a.runs} → {b.runs} runs', f"{deep.latency['1 item'].ratio('folded'):.2f}×", f'{r.difference:.2g}', f'{r.original:.2g} before', f'{r.folded:.2g} after'):
+            assert said in text, said
+    assert set(deep.to_df()['direction'])=={'back',''} and deep.to_df()['reason'].str.len().gt(0).sum()==10
+
+def test_memory_formats_and_peaks_are_shown(deep):
+    res = FoldReport(deep.plan, (10,8), (40,32), memory={'1 item':(3*2**20,2*2**20)}, formats=dict(contiguous=.002, channels_last=.001))
+    text = ' '.join(str(res).split())
+    assert 'peak memory, 1 item 3.00 MB 2.00 MB -33.33 %' in text and 'channels_last 1.00 ms; the folded model keeps channels_last' in text
+    assert json.loads(res.to_json())['memory']=={'1 item':dict(before=3*2**20, after=2*2**20)}
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_peak_memory_on_a_gpu():
+    model,x = trained(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))).cuda(),torch.randn(64,3,66,66, device='cuda')
+    folder = BN_Folder()
+    res = report(model, folder.fold(model, x), folder.result, {'batch of 64':x}, seconds=.01)
+    before,after = res.memory['batch of 64']
+    out = 64*8*64*64*4
+    assert before>=model_size(model)+2*out and after>=out # the norm has its input and its output at once
+    assert 'peak memory, batch of 64' in str(res)
 
 def test_nothing_to_fold():
     model = nn.Linear(2, 2)
@@ -127,7 +177,6 @@ def test_page_is_whole_and_needs_nothing_else(deep, tmp_path):
     Balance(deep._repr_html_())
 
 def test_names_are_escaped(deep):
-    from fasterfold.plan import FoldPlan,Kept
     res = FoldReport(FoldPlan([], [Kept('<b>', 'a < b & c')]), (1,1), (4,4), metrics={'<i>':(1,1)})
     assert '<i>' in Balance(res._repr_html_()).text and '<b>' in Balance(res._repr_html_()).text
 
