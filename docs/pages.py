@@ -55,6 +55,10 @@ def _params(tree, obj):
         res += [(p.name, None, repr(p.default)) for p in more if p.kind is p.KEYWORD_ONLY] or [('**'+a.kwarg.arg, None, None)]
     return res
 
+def _fenced(doc):
+    "Docstring `doc` with its examples as blocks of code, as Markdown has them."
+    return re.sub('^>>> .*(?:\\n.+)*', lambda m: f'```pycon\n{m[0]}\n```', doc, flags=re.M)
+
 def anchor(
     name:str, # Dotted name
 )->str: # Where it is on its page
@@ -80,7 +84,7 @@ def document(
     if say('return'): rows.append(('returns', say('return')))
     cell = lambda s: s.replace('|', r'\|') if s.startswith('`') else s
     table = '\n'.join(['| argument | what it is |','| --- | --- |', *(f'| {cell(a)} | {b} |' for a,b in rows)]) if any(b for _,b in rows) else ''
-    parts = [f'<span id="{anchor(name)}"></span>', f"{'#'*level} {name}", f'```python\n{head}\n```', ast.get_docstring(tree), table]
+    parts = [f'<span id="{anchor(name)}"></span>', f"{'#'*level} {name}", f'```python\n{head}\n```', _fenced(ast.get_docstring(tree)), table]
     return '\n\n'.join(filter(None, parts))
 
 class AddDocs(Processor):

@@ -56,7 +56,14 @@ def reshape_map(
 # %% ../nbs/00_affine.ipynb #e7de865f
 @dataclass(frozen=True, eq=False)
 class Affine:
-    "The map `y = scale*x + shift` of a value: float64, the value's rank, each dimension full or 1."
+    """The map `y = scale*x + shift` of a value: float64, the value's rank, each dimension full or 1.
+
+    >>> half = Affine.of(2, 1, torch.tensor([.5, 2.]), torch.tensor([1., 0.]))
+    >>> half(torch.ones(1, 2)).tolist()
+    [[1.5, 2.0]]
+    >>> (half@half)(torch.ones(1, 2)).tolist() # one map after the other is one map
+    [[1.75, 4.0]]
+    """
     scale:Tensor # Broadcastable to the value
     shift:Tensor # Broadcastable to the value
 

@@ -219,7 +219,19 @@ def other_sample(
 _normal_mode = torch.inference_mode(False) # a tensor made in inference mode can never be trained again
 
 class BN_Folder:
-    "Fold the normalization layers of a model into the layers around them, and prove that nothing changed."
+    """Fold the normalization layers of a model into the layers around them, and prove that nothing changed.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    >>> folder = BN_Folder()
+    >>> folder.fold(model)
+    Sequential(
+      (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
+      (1): Identity()
+      (2): ReLU()
+    )
+    >>> folder.result.summary
+    '1 of 1 norms fold'
+    """
     def __init__(self,
         strip_dropout:bool=False, # Also replace dropout, which does nothing at inference, by `nn.Identity`?
         merge_branches:bool=False, # First merge blocks that know how to (RepVGG, MobileOne, …; needs timm)?
@@ -234,7 +246,12 @@ class BN_Folder:
         model:nn.Module, # Any model, in any mode
         sample=None, # What to call it with: a tuple is positional arguments, a dict keyword arguments; None to make one up
     )->FoldPlan: # What would be folded and kept
-        "What `fold` would do; nothing changes. Raises `FoldError` if the model cannot be run or edited."
+        """What `fold` would do; nothing changes. Raises `FoldError` if the model cannot be run or edited.
+
+        >>> print(BN_Folder().plan(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2)), torch.ones(3, 4)))
+        1 of 1 norms fold
+        0  folded forward  1
+        """
         model = check_model(model)
         if sample is None: sample = infer_sample(model)
         if self.merge_branches: _merge(model:=copy_model(model), sample)

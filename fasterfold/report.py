@@ -25,7 +25,11 @@ from .trace import as_args,infer_sample,preserved,tensors_of
 def count_parameters(
     model:nn.Module, # Any module
 )->int: # How many numbers its parameters hold, frozen ones too; shared ones count once
-    "Count the parameters of `model`."
+    """Count the parameters of `model`.
+
+    >>> count_parameters(nn.Linear(3, 2))
+    8
+    """
     return sum(p.numel() for p in model.parameters())
 
 # %% ../nbs/05_report.ipynb #412dde26
@@ -142,7 +146,12 @@ def compare(
     seconds:float=1., # About how long to time each
     progress:bool=False, # Show a progress bar?
 )->Comparison:
-    "Time `models` on `sample` in turns, in eval mode without gradients."
+    """Time `models` on `sample` in turns, in eval mode without gradients.
+
+    >>> both = compare(dict(original=nn.Linear(8, 8), thin=nn.Linear(8, 1)), torch.ones(1, 8), seconds=.01)
+    >>> list(both), both.ratio('original')
+    (['original', 'thin'], 1.0)
+    """
     if sample is None: sample = infer_sample(next(iter(models.values())))
     args,kwargs = as_args(sample)
     threads,device = torch.get_num_threads(),_device(sample)

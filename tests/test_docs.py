@@ -187,13 +187,16 @@ def test_readme_snippets(tmp_path, monkeypatch):
     assert len(ns['folder'].result.folded)==20 and ns['folded'] is not ns['model']
 
 def test_docstring_examples():
-    "Examples in docstrings give what they say."
-    tried = 0
+    "Examples in docstrings give what they say, and the main entry points have some."
+    seen = set()
     for p in sorted((root/'fasterfold').glob('[!_]*.py')):
-        res = doctest.testmod(importlib.import_module(f'fasterfold.{p.stem}'))
+        mod = importlib.import_module(f'fasterfold.{p.stem}')
+        res = doctest.testmod(mod)
         assert not res.failed, p.stem
-        tried += res.attempted
-    print(f'{tried} examples')
+        examples = {t.name.partition(mod.__name__+'.')[2]:len(t.examples) for t in doctest.DocTestFinder().find(mod) if t.examples}
+        assert res.attempted==sum(examples.values())
+        seen |= set(examples)
+    assert {'Affine','BN_Folder','BN_Folder.plan','count_parameters','compare'}<=seen
 
 def test_tutorials_keep_outputs():
     for p in sorted((root/'nbs'/'tutorials').glob('*.ipynb')):
