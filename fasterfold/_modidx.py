@@ -360,6 +360,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fasterfold.trace.as_args': ('trace.html#as_args', 'fasterfold/trace.py'),
                                   'fasterfold.trace.check_model': ('trace.html#check_model', 'fasterfold/trace.py'),
                                   'fasterfold.trace.copy_model': ('trace.html#copy_model', 'fasterfold/trace.py'),
+                                  'fasterfold.trace.growing': ('trace.html#growing', 'fasterfold/trace.py'),
                                   'fasterfold.trace.infer_sample': ('trace.html#infer_sample', 'fasterfold/trace.py'),
                                   'fasterfold.trace.preserved': ('trace.html#preserved', 'fasterfold/trace.py'),
                                   'fasterfold.trace.tensors_of': ('trace.html#tensors_of', 'fasterfold/trace.py'),

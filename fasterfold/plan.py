@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import nn, Tensor
 from fastcore.basics import patch
 from .affine import Affine
-from .trace import Graph, Value, Call, user_hooks
+from .trace import Graph, Value, Call, growing, user_hooks
 from .rules import BESIDE, Blocked, Context, constant_map, pull_through, push_through, terms
 
 # %% ../nbs/03_plan.ipynb #810c01a1
@@ -459,6 +459,7 @@ def _hint(call):
         call = call.parent
     return ''
 
+@growing()
 def plan_folds(
     graph:Graph, # A traced forward pass
     exclude:dict=None, # Qualified norm name to the reason for which it must stay
