@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass,field
 from pathlib import Path
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
+import matplotlib.figure, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from fastprogress import progress_bar
 from torch import nn
@@ -291,7 +291,7 @@ class FoldReport:
     latency:dict = field(default_factory=dict) # A `Comparison` of 'original' and 'folded' for each input, by what the input is
     memory:dict = field(default_factory=dict) # Bytes at the peak before and after, for each input on a GPU
     metrics:dict = field(default_factory=dict) # Loss and metrics, before and after
-    rounding:Rounding = None # How far outputs moved
+    rounding:Rounding|None = None # How far outputs moved
     formats:dict = field(default_factory=dict) # Seconds in each memory format, if the folder was to choose one
 
     @property
@@ -319,7 +319,7 @@ class Figure:
     before:float
     after:float
     kind:str # 'count', 'bytes', 'metric' or 'seconds'
-    change:str=None # What changed, in words; worked out from the numbers by default
+    change:str|None=None # What changed, in words; worked out from the numbers by default
     note:str='' # More about it
 
     def show(self, v): return _show[self.kind](v)
@@ -454,7 +454,7 @@ def _runs(ax, comparison, title):
 
 # %% ../nbs/05_report.ipynb #9316e570
 @patch
-def plot(self:FoldReport)->plt.Figure:
+def plot(self:FoldReport)->matplotlib.figure.Figure:
     "Sizes, latencies and metrics before and after."
     panels = [(_pairs, self.sizes, 'size'), *((_runs, c, k) for k,c in self.latency.items())]
     if self.scores: panels.append((_pairs, self.scores, 'metrics'))
@@ -481,7 +481,7 @@ def _svg(fig):
 
 @patch
 def save(self:FoldReport,
-    path, # File to write, such as `report.html`
+    path:str|Path, # File to write, such as `report.html`
 )->Path: # The file
     "Write the report as one HTML file that opens anywhere."
     path = Path(path)
