@@ -368,13 +368,15 @@ def clash(self:Planner, calls):
     "Raise `Blocked` if an in-place write makes the input and output of these calls differ later."
     gone = self.gone | {o for c in calls for o in c.ops}
     def read_after(v, w): return v.last_read==float('inf') or any(u.index>w.index for u in v.users if u not in gone)
+    merged = {}
     for c in calls:
-        a,b = self._home(c.x.store),self._home(c.y.store)
+        a,b = (merged.get(v.store) or self._home(v.store) for v in (c.x,c.y))
         if a is b: continue
         for here,there in ((a,b),(b,a)):
             for w in (w for s in here for w in self.writes[s] if w not in gone):
                 if any(v.time<w.index and read_after(v, w) for s in there for v in self.values[s]):
                     raise Blocked(f"{w.label} writes in place to what is still needed afterwards")
+        merged.update(dict.fromkeys(a|b, a|b))
 
 # %% ../nbs/03_plan.ipynb #2a7064ef
 @patch

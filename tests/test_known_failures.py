@@ -410,3 +410,8 @@ def test_attention_that_sees_nothing():
     mask = torch.tensor([[0,0,0],[1,0,1],[1,1,1]], dtype=torch.bool)
     def f(m, x): return m.norm(F.scaled_dot_product_attention(x[:,None], x[:,None], m.fc(x)[:,None], attn_mask=mask)[:,0])
     folds(Fn(f, fc=nn.Linear(4, 4), norm=BatchNorm1dFlat(4)), double(2, 3, 4))
+
+def test_one_value_normed_twice_and_then_written_to():
+    "Without the norm both results would be one tensor."
+    def f(m, x): return m.norm(y:=m.conv(x)), F.relu_(m.norm(y))
+    assert 'in place' in reason(folds(Fn(f, conv=conv(), norm=nn.BatchNorm2d(4)), image()), 'norm')
