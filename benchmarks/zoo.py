@@ -38,6 +38,7 @@ class Entry:
     collection:str # Zoo it comes from
     name:str       # Unique in the collection
     build:Callable # `build()`: the model, and a sample (a tuple of its arguments)
+    params:int=0   # Number of its parameters, where that is known before it is built
     @property
     def key(self): return f'{self.collection}/{self.name}'
 
@@ -74,8 +75,8 @@ def timm_models():
         model = timm.create_model(name)
         return model, _images(*model.default_cfg['input_size'])
     smallest = {}
-    for name,n in sorted(_timm_params().items(), key=lambda o: o[1]): smallest.setdefault(family(name, _model_to_module[name]), name)
-    return [Entry('timm', o, lambda o=o: _build(o)) for o in smallest.values()]
+    for name,n in sorted(_timm_params().items(), key=lambda o: o[1]): smallest.setdefault(family(name, _model_to_module[name]), (name,n))
+    return [Entry('timm', o, lambda o=o: _build(o), n) for o,n in smallest.values()]
 
 def _side(name):
     "Smallest image side that `name` has weights for"
@@ -315,7 +316,7 @@ def run_zoo(
     "Measure what is not in the log yet"
     log = {} if redo else read_log()
     def _todo(o): return [] if 'over' in log.get((o.key,'original'), {}) else [n for n in names if (o.key,n) not in log]
-    todo = [(o,missing) for o in entries if (missing := _todo(o))]
+    todo = [(o,missing) for o in entries if o.params<=limit*1e6 and (missing := _todo(o))]
     if not todo: return
     tools = load_peers(names)
     for entry,missing in (bar := tqdm(todo)):

@@ -7,7 +7,7 @@ __all__ = ['Snapshot', 'edited', 'apply_plan', 'Proof', 'distance', 'run', 'to_d
            'BN_Folder']
 
 # %% ../nbs/04_fold.ipynb #1a84c96c
-import re, torch, torch.nn.functional as F
+import re, torch
 from dataclasses import dataclass
 from itertools import chain
 from fastcore.basics import patch, store_attr
