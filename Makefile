@@ -46,9 +46,10 @@ docs: $(READY) ## Build the site into docs/_build
 zoo: $(PEERS) ## Fold model zoos, side by side with other tools
 	$(BIN)/python benchmarks/zoo.py $(ARGS)
 
-bench: $(PEERS) ## Measure folding and latency, side by side with other tools and engines
+bench: $(PEERS) ## Measure folding, latency and folded validation, side by side with other tools and engines
 	$(BIN)/python benchmarks/fold.py $(ARGS)
 	$(BIN)/python benchmarks/latency.py $(ARGS)
+	$(BIN)/python benchmarks/validation.py $(ARGS)
 
 export: $(READY) ## Write fasterfold/*.py from the notebooks, and clean these
 	$(BIN)/nbdev-export

@@ -7,7 +7,7 @@ from fasterfold.fold import BN_Folder
 
 root = Path(__file__).parents[1]
 sys.path.insert(0, str(root/'benchmarks'))
-import latency, zoo
+import latency, validation, zoo
 from common import chain, slope
 
 def measured(script, out, *args):
@@ -27,6 +27,19 @@ def test_fold(tmp_path):
     assert memory['leaked']==0 < memory['held'] <= memory['fold'] and 0<memory['edited']<=memory['parameters']
     assert depth['depth']==100 and width['width']==64
     assert '| resnet18 | 20 |' in page
+
+def test_validation(tmp_path):
+    out = tmp_path/'validation.json'
+    def measure():
+        validation.main(quick=True, threads=1, out=out)
+        return json.loads(out.read_text())
+    res,again = measure(),measure()
+    for o in res,again:
+        row, = o['validation'] # a row takes the place of the earlier one
+        assert row['batches']==1 and row['input']==[8,3,32,32]
+        assert row['seconds']['with']['runs']==row['seconds']['without']['runs']==row['again']['runs']==2
+        assert 0<row['again']['median']<row['seconds']['with']['median'] and len(row['ratio'])==3
+    assert again['environment']==res['environment'] and '| 1 | 8 |' in out.with_suffix('.md').read_text()
 
 def test_latency(tmp_path):
     out = tmp_path/'latency.json'
