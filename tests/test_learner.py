@@ -1,17 +1,21 @@
 "Every kind of fastai learner, trained on small real data, folded, and used on."
-import copy, json, random, subprocess, sys, textwrap
+import copy, json, random, re, subprocess, sys, textwrap
+from contextlib import suppress
 from functools import partial
 import matplotlib
 matplotlib.use('agg')
 import numpy as np, pytest, torch
+from fastai.callback.core import Callback,CancelFitException
 from fastai.callback.progress import CSVLogger,ProgressCallback
 from fastai.callback.tracker import EarlyStoppingCallback,SaveModelCallback
 from fastai.learner import load_learner
 from fastai.torch_core import set_seed
 from fastcore.basics import defaults
+from fasterfold.fold import BN_Folder
 from fasterfold.learner import FoldCallback,FoldedValidation
 from fasterfold.report import report
 from fasterfold.trace import FoldError
+from helpers import check_fold
 from learners import KINDS,classes,plain,train,uses
 
 def norms(learn): return [m for m in learn.model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
@@ -145,6 +149,93 @@ def test_fold_callback_folds_once_at_the_end(tmp_path, quick):
         with learn.no_logging(): fit(learn, cb)
         assert len(cb.plan.folded)==3 and not norms(learn) and learn.opt is None
     with learn.no_logging(): learn.fit(1, 1e-4) # and on, without norms
+
+@pytest.mark.parametrize('fit', ['fit','fit_one_cycle','fine_tune'])
+def test_fold_callback_folds_the_best_weights(fit, tmp_path, quick):
+    "Training goes wrong after the best epoch; what is folded is what `SaveModelCallback` kept of that."
+    class Spoil(Callback):
+        "From the second epoch of the last training on, weights are noise."
+        def after_train(self):
+            if self.epoch and self.n_epoch>1: [p.data.normal_() for p in self.learn.model.parameters()]
+    learn = plain(tmp_path)
+    with learn.no_logging(): learn.fit(1, 1e-2)
+    save = SaveModelCallback(monitor='valid_loss')
+    with learn.no_logging(): getattr(learn, fit)(3, 1e-3, cbs=[FoldCallback(),Spoil(),save])
+    assert not norms(learn) and len(learn.recorder.values)==3
+    assert learn.recorder.values[-1][1]>save.best # the last weights are not the best
+    best = plain(tmp_path).load('model')
+    x = torch.stack([o[0] for o in learn.dls.valid.dataset])
+    check_fold(best.model, learn.model, x)
+    assert learn.validate()[0]==pytest.approx(save.best, rel=1e-4)
+
+@pytest.mark.parametrize('ex', [KeyboardInterrupt(),CancelFitException(),RuntimeError('out of luck')], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize('fit', ['fit','fit_one_cycle','fine_tune'])
+def test_fold_callback_when_interrupted(fit, ex, tmp_path, quick):
+    "Broken off within an epoch, in whichever way, nothing is folded; the next training that ends is."
+    class Stop(Callback):
+        def after_batch(self):
+            if self.training and self.iter==2: raise ex
+    learn = plain(tmp_path, cbs=FoldCallback())
+    with learn.no_logging(), suppress(KeyboardInterrupt,RuntimeError): getattr(learn, fit)(2, 1e-3, cbs=Stop())
+    assert len(norms(learn))==3 and learn.fold_callback.plan is None
+    with learn.no_logging(): learn.fit(1, 1e-3)
+    assert not norms(learn)
+
+def test_callbacks_rest_where_nothing_trains(tmp_path, quick):
+    "Neither looking for a learning rate nor validating nor predicting folds, and weights stay as they are."
+    learn = plain(tmp_path, cbs=[FoldCallback(),FoldedValidation()])
+    before = state(learn)
+    with learn.no_logging():
+        learn.lr_find(num_it=5, show_plot=False, suggest_funcs=None)
+        learn.validate()
+        learn.get_preds()
+    assert_same(state(learn), before)
+    assert len(norms(learn))==3 and learn.fold_callback.plan is None
+
+def test_early_stopping_ends_a_training(tmp_path, quick):
+    learn = plain(tmp_path)
+    with learn.no_logging(): learn.fit(5, 1e-9, cbs=[FoldCallback(),EarlyStoppingCallback(min_delta=1)])
+    assert len(learn.recorder.values)==2 and not norms(learn)
+
+def test_folded_validation_is_traced_once(tmp_path, quick, monkeypatch):
+    "Later validations reuse the plan, with the weights they find."
+    called = []
+    for name in 'fold','refold':
+        f = getattr(BN_Folder, name)
+        def count(self, *args, f=f, name=name, **kwargs):
+            called.append(name)
+            return f(self, *args, **kwargs)
+        monkeypatch.setattr(BN_Folder, name, count)
+    learn = plain(tmp_path)
+    with learn.no_logging(): learn.fit(3, 1e-2, cbs=FoldedValidation())
+    assert called==['fold','refold','refold'] and len(norms(learn))==3
+
+@pytest.mark.parametrize('ex', [KeyboardInterrupt(),ZeroDivisionError('by zero'),CancelFitException()], ids=lambda o: type(o).__name__)
+def test_folded_validation_broken_off(ex, tmp_path, quick):
+    class Stop(Callback):
+        def after_pred(self):
+            if not self.training:
+                assert not norms(self.learn)
+                raise ex
+    learn = plain(tmp_path)
+    with learn.no_logging(), suppress(KeyboardInterrupt,ZeroDivisionError): learn.fit(2, 1e-2, cbs=[FoldedValidation(),Stop()])
+    assert len(norms(learn))==3
+    with learn.no_logging(): learn.fit(1, 1e-2) # goes on as ever
+
+def test_save_and_load(tmp_path, quick):
+    "Folded weights load into a new learner that is folded; where one side is not, the error has the recipe, and it works."
+    learn = train(KINDS['vision'], tmp_path)
+    learn.save('whole')
+    want = learn.fold_bn().get_preds()[0]
+    learn.save('folded')
+    new = KINDS['vision'](tmp_path)
+    before = state(new)
+    with pytest.raises(FoldError, match=re.escape("`learn.fold_bn(); learn.load('folded')`")): new.load('folded')
+    assert_same(state(new), before)
+    with pytest.raises(FoldError, match=re.escape("`learn.load('file'); learn.fold_bn()`")): learn.load('whole')
+    assert_same(state(new.fold_bn().load('folded')), state(learn))
+    assert torch.equal(new.get_preds()[0], want)
+    assert_same(state(KINDS['vision'](tmp_path).load('whole').fold_bn()), state(learn))
 
 def test_folded_validation_leaves_training_alone(tmp_path, quick):
     "Training is bit for bit that without the callback, also with others at work."
