@@ -8,6 +8,7 @@ import numpy as np, pytest, torch
 from fastai.callback.core import Callback,CancelFitException
 from fastai.callback.progress import CSVLogger,ProgressCallback
 from fastai.callback.tracker import EarlyStoppingCallback,SaveModelCallback
+from fastai.distributed import DistributedDL
 from fastai.learner import load_learner
 from fastai.torch_core import set_seed
 from fastcore.basics import defaults
@@ -133,6 +134,13 @@ def test_data_does_not_notice(name, tmp_path, quick):
     want = list(batches(lambda: None))
     if name!='pytorch_loaders': learn.dls.train.rng.setstate(rng)
     assert all(torch.equal(a, b) for a,b in zip(batches(fold), want, strict=True))
+
+def test_sample_in_distributed_training(tmp_path, quick):
+    "A process takes its sample for itself, from the loader that fastai has wrapped."
+    learn = KINDS['vision'](tmp_path)
+    want = str(learn.fold_plan())
+    learn.dls.loaders = [DistributedDL(dl, rank=1, world_size=2) for dl in learn.dls.loaders]
+    assert str(learn.fold_plan())==want
 
 def test_validation_of_fold_keeps_training_callbacks_out(tmp_path, quick):
     cb = SaveModelCallback(monitor='accuracy')
