@@ -211,8 +211,9 @@ def other_sample(
     batch = all(t.shape[0]==n for t in ts)
     def other(t):
         if not t.dim(): return t
+        if batch and n>1: t = t[:1]
         u = -t if t.is_floating_point() else t
-        return u if not batch else u[:1] if n>1 else torch.cat([t,u])
+        return torch.cat([t,u]) if batch and n==1 else u
     return tree_map_only(Tensor, other, sample)
 
 # %% ../nbs/04_fold.ipynb #a6e905dc
