@@ -100,6 +100,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'fasterfold.fold._format': ('fold.html#_format', 'fasterfold/fold.py'),
                                  'fasterfold.fold._instead': ('fold.html#_instead', 'fasterfold/fold.py'),
                                  'fasterfold.fold._largest': ('fold.html#_largest', 'fasterfold/fold.py'),
+                                 'fasterfold.fold._list_buffers': ('fold.html#_list_buffers', 'fasterfold/fold.py'),
                                  'fasterfold.fold._merge': ('fold.html#_merge', 'fasterfold/fold.py'),
                                  'fasterfold.fold._merge_branches': ('fold.html#_merge_branches', 'fasterfold/fold.py'),
                                  'fasterfold.fold._put': ('fold.html#_put', 'fasterfold/fold.py'),

@@ -219,6 +219,10 @@ def other_sample(
 # %% ../nbs/04_fold.ipynb #a6e905dc
 _normal_mode = torch.inference_mode(False) # a tensor made in inference mode can never be trained again
 
+def _list_buffers(model):
+    for m in model.modules():
+        if isinstance(m, nn.parallel.DistributedDataParallel): m._assign_modules_buffers()
+
 class BN_Folder:
     """Fold the normalization layers of a model into the layers around them, and prove that nothing changed.
 
@@ -240,7 +244,7 @@ class BN_Folder:
         verify:bool=True, # Run the folded model and compare? Costs two forward passes
     ):
         store_attr()
-        self.result,self.formats,self._undo,self._last = None,{},[],None
+        self.result,self.formats,self._undo,self._last,self._whole = None,{},[],None,None
 
     @_normal_mode
     def plan(self,
@@ -275,7 +279,9 @@ class BN_Folder:
             snap.restore()
             raise
         self._undo.insert(0, snap)
-        return model if inplace else target
+        self._whole = model if inplace else target
+        _list_buffers(self._whole)
+        return self._whole
 
 # %% ../nbs/04_fold.ipynb #c09513c1
 @patch
@@ -283,6 +289,7 @@ def undo(self:BN_Folder):
     "Give the last model that was folded back as it was, bit for bit. Raises `FoldError` if there is none."
     if not self._undo: raise FoldError("There is nothing to undo: nothing was folded, or it was undone before.")
     self._back()
+    _list_buffers(self._whole)
 
 @patch
 @_normal_mode
@@ -292,6 +299,7 @@ def refold(self:BN_Folder)->FoldPlan: # What was folded now
     if self._undo: raise FoldError("The model is folded already: call `undo` first.")
     target,graph,kept = self._last
     self.result = self._try(target, graph, dict(kept))
+    _list_buffers(self._whole)
     return self.result
 
 @patch

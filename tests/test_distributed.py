@@ -125,7 +125,6 @@ def _call_wrapped(rank, path):
     same = dict(inside=torch.equal(inside, want), again=torch.equal(again, before))
     return same, len(model.modules_buffers), len(list(model.buffers()))
 
-@pytest.mark.xfail(reason='DistributedDataParallel has a list of the buffers to send round, and folding and undoing leave it as it is')
 def test_ddp_forward_of_folded(tmp_path):
     "The wrapper runs the folded model, and after undoing goes on to keep buffers the same."
     for same,synced,buffers in together(_call_wrapped, tmp_path):
