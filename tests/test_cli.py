@@ -147,6 +147,11 @@ def test_bench(box):
     assert 'latency, 1 item' in res.stdout and 'latency, batch of 4' in res.stdout
     assert tree(box)==before
 
+def test_bench_json(box, small_timm):
+    def latencies(*args): return json.loads(call('bench', *args, '--batch', 4, '--json').stdout)['latency']
+    for res in latencies(box/'export.pkl', '--trust'), latencies('--timm', 'resnet10t', '--weights', small_timm[1]/'weights.pth'):
+        assert res and all(o['median']>0 for group in res.values() for o in group.values())
+
 # What they refuse
 
 @pytest.mark.parametrize('command', ['plan','fold','bench'])
@@ -277,6 +282,17 @@ def test_one_model_at_a_time(box, small_timm):
         assert_refused(call('plan', *args), 'Give either')
 
 # Weights alone
+
+def test_timm_plan(small_timm):
+    res = json.loads(call('plan', '--timm', 'resnet10t', '--weights', small_timm[1]/'weights.safetensors', '--json').stdout)
+    assert res['norms']['found']==res['norms']['folded']>0
+
+def test_full_disk(box):
+    "No file may grow beyond 100 kilobytes, which the folded learner does: half of it must not be left."
+    before,args = tree(box),'export.pkl -o folded.pkl --trust --sample image.png --report report.html'
+    res = subprocess.run(['bash','-c',f'ulimit -f 100; {command} fold {args}'], cwd=box, env=os.environ|{'OMP_NUM_THREADS':'1'}, capture_output=True, text=True)
+    assert res.returncode==1 and 'make room' in res.stderr and res.stderr.count('\n')==1, res.stderr
+    assert tree(box)==before
 
 @pytest.mark.parametrize('suffix', ['pth','safetensors'])
 def test_timm_weights(small_timm, tmp_path, box, suffix):
