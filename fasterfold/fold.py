@@ -16,13 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only, tree_flatten
 from torch.utils.benchmark import Timer
 from .plan import FoldPlan, plan_folds
-from .trace import FoldError, Graph, Tracer, as_args, check_model, copy_model, infer_sample, preserved, tensors_of, trace
+from .trace import FoldError, Graph, Tracer, as_args, check_model, copy_model, growing, infer_sample, preserved, tensors_of, trace
 
 # %% ../nbs/04_fold.ipynb #026fdda5
 def _containers(m): return {k:v.copy() if v else () for k,v in vars(m).items() if isinstance(v, (dict,set))}
 
 class Snapshot:
     "What is needed to give `model` back as it is now, bit for bit."
+    @growing()
     def __init__(self,
         model:nn.Module, # The model about to be changed
     ):
@@ -97,6 +98,7 @@ def _put(model, names, new):
         parent,_,child = name.rpartition('.')
         model.get_submodule(parent)._modules[child] = new
 
+@growing()
 def apply_plan(
     model:nn.Module, # The traced model, or a copy of it
     graph:Graph, # Its trace

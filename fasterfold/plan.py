@@ -368,13 +368,14 @@ def clash(self:Planner, calls):
     "Raise `Blocked` if an in-place write makes the input and output of these calls differ later."
     gone = self.gone | {o for c in calls for o in c.ops}
     def read_after(v, w): return v.last_read==float('inf') or any(u.index>w.index for u in v.users if u not in gone)
-    merged = {}
+    merged,before = {},{c.y:c.x for c in calls}
+    def born(v): return self.rep(before.get(v, v)).time # without the norm, what it made is as old as what it read
     for c in calls:
         a,b = (merged.get(v.store) or self._home(v.store) for v in (c.x,c.y))
         if a is b: continue
         for here,there in ((a,b),(b,a)):
             for w in (w for s in here for w in self.writes[s] if w not in gone):
-                if any(v.time<w.index and read_after(v, w) for s in there for v in self.values[s]):
+                if any(born(v)<w.index and read_after(v, w) for s in there for v in self.values[s]):
                     raise Blocked(f"{w.label} writes in place to what is still needed afterwards")
         merged.update(dict.fromkeys(a|b, a|b))
 
