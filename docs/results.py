@@ -31,7 +31,7 @@ def comparison(zoo:dict|None)->str:
     if not ms: return 'No tools have been compared yet: `make zoo` does it.'
     rows = []
     for z in zoos:
-        some = [m for m in ms if m['collection']==z]
+        some = [m for m in ms if m['collection'].split()[0]==z]
         if some: rows.append([f"norms removed, {z} ({len(some)} models, {sum(m['norms'] for m in some):,} norms)", *(f'{share(some, t):.0%}' for t in names)])
     rows.append(['models it crashed on', *(count(ms, t, 'crash') for t in names)])
     rows.append(['models it returned wrong', *(count(ms, t, 'wrong') for t in names)])
@@ -68,7 +68,7 @@ def _says(m, tool):
 def zoo_part(zoo:dict|None)->str:
     if not zoo or not common(zoo): return comparison(None)
     ms = common(zoo)
-    groups = [(z, [(n, share(some, t), t=='fasterfold') for t,n in names.items()]) for z in zoos if (some := [m for m in ms if m['collection']==z])]
+    groups = [(z, [(n, share(some, t), t=='fasterfold') for t,n in names.items()]) for z in zoos if (some := [m for m in ms if m['collection'].split()[0]==z])]
     parts = [f"All tools folded the same {len(ms)} models, with the same weights. Those are random, those of the norms included, so that a norm lost or counted twice shows. "
         "What is counted is norm *calls* in one forward pass; a tool that crashes, or returns a model that computes something else, has removed none. "
         "What exactly was measured, and how to measure it again, is said in `benchmarks/README.md`.",
