@@ -79,7 +79,8 @@ def chromium():
             else: raise RuntimeError('chromium did not start')
             import urllib.request
             tabs = json.load(urllib.request.urlopen(f'http://{m[1]}/json/list'))
-            with connect(next(t['webSocketDebuggerUrl'] for t in tabs if t['type']=='page'), max_size=None) as ws:
+            # no pings: they would draw random numbers, which other tests in this process watch
+            with connect(next(t['webSocketDebuggerUrl'] for t in tabs if t['type']=='page'), max_size=None, ping_interval=None) as ws:
                 page = Page(ws)
                 for domain in ('Page','Runtime','Log','Network'): page.do(f'{domain}.enable')
                 yield page
