@@ -119,6 +119,16 @@ def lines(
     return (f'<svg class="lines" viewBox="0 0 {w} {h}" role="img" aria-label="{html.escape(label)}" font-family="system-ui,sans-serif" font-size="12" '
         f'fill="currentColor">{"".join(res)}</svg>')
 
+noise = .03 # Ratios that are no further from 1 count as no difference
+
+def helped(groups:dict)->str:
+    "Where folding first makes an engine faster, and where it adds nothing; `groups` are rows by variant, by (model, batch)."
+    ratios = {f'{m} ({n})': g['fasterfold']['ratio'] for (m,n),g in groups.items() if 'ratio' in g.get('fasterfold', {})}
+    said = {'Folding first helps': [k for k,(low,_,high) in ratios.items() if high<1-noise],
+        'It adds nothing beyond noise': [k for k,(low,_,high) in ratios.items() if high>=1-noise and low<=1+noise],
+        'It is slower': [k for k,(low,_,_) in ratios.items() if low>1+noise]}
+    return ' '.join(f"{k}: {', '.join(v)}." for k,v in said.items() if v)+' Batch sizes are in brackets.'
+
 def latency_part(path:Path)->str:
     "Tables and bars of one device: each engine and type, then growth."
     d = load(path)
@@ -129,6 +139,7 @@ def latency_part(path:Path)->str:
         ratio = lambda r: '' if r is None else 'fails' if 'why' in r else f"{r['ratio'][1]:.2f}×"
         out = [[m, n, seconds(g[cols[0]].get('median')), *(ratio(g.get(c)) for c in cols[1:])] for (m,n),g in groups.items()]
         parts += [f'#### {engine}, {dtype}', table(['model','batch',*cols], out, set(range(1, len(cols)+2)))]
+        if set(cols)=={'original','fasterfold'}: parts.append(helped(groups))
         shown = [(f'{m}, batch {n}', [(c, g[c]['ratio'][1], 'fasterfold' in c) for c in cols if 'ratio' in g.get(c, {})]) for (m,n),g in groups.items()]
         if shown: parts.append(f'<details class="long"{" open" if engine=="eager" else ""}><summary>As bars</summary>{bars(shown, lambda v: f"{v:.2f}×", f"Time by that of the original, {engine}, {dtype}")}</details>')
     pics = [lines({k:[(r[x], r[k]['median']) for r in d[x]] for k in ('original','folded')}, f'{what} of a plain chain', f'Latency against {x}')
@@ -151,6 +162,12 @@ def fold_part(d:dict|None)->str:
     pics = [lines({'folding':[(r[x], r['median']) for r in d[x]]}, f'{what} of a plain chain', f'Time to fold against {x}') for x,what in (('depth','norms'),('width','channels')) if len(d.get(x, []))>1]
     return '\n\n'.join(parts+(['<div class="pics">'+''.join(pics)+'</div>'] if pics else []))
 
+def validation_part(d:dict|None)->str:
+    "What validating the folded model after each epoch saves."
+    if not d: return 'Not measured yet: `python benchmarks/validation.py` does it.'
+    rows = [[r['batches'], *(seconds(r['seconds'][k]['median']) for k in ('without','with')), f"{r['ratio'][1]:.2f}×", seconds(r['again']['median'])] for r in d['validation']]
+    return '\n\n'.join([environment(d['environment']), table(['batches of 64 images','without','with `FoldedValidation`','ratio','of it to fold again'], rows, {0,1,2,3,4})])
+
 def page(
     folder:Path, # Where the benchmarks write
 )->str: # Markdown
@@ -158,5 +175,6 @@ def page(
     timed = '\n\n'.join(map(latency_part, sorted(folder.glob('latency-*.json'))))
     says = 'Times are medians, measured in turns; the column of the original is the time of one call, the others are its multiples: less than 1 is faster. "no norms" is the same network built without any.'
     parts = ['# Results', '> What folding is worth, measured on public models, side by side with other tools.', '## How many norms go', zoo_part(load(folder/'zoo.json')),
-        '## How much faster', *([says,timed] if timed else ['No latency has been measured yet: `make bench` does it.']), '## What folding costs', fold_part(load(folder/'fold.json'))]
+        '## How much faster', *([says,timed] if timed else ['No latency has been measured yet: `make bench` does it.']), '## What folding costs', fold_part(load(folder/'fold.json')),
+        '## What folded validation saves', validation_part(load(folder/'validation.json'))]
     return '\n\n'.join(parts)+'\n'

@@ -155,10 +155,13 @@ def test_results_page(tmp_path):
     grown = [dict(depth=n, width=n, original=dict(median=n*2e-3), folded=dict(median=n*1e-3), median=n*1e-3) for n in (10,20)]
     rows = [row|dict(variant='original', median=2e-3, ratio=[1,1,1]), row|dict(variant='fasterfold', median=1e-3, ratio=[.4,.5,.6]), row|dict(variant='other', why='it raises')]
     save = lambda name, **kw: (tmp_path/name).write_text(json.dumps(dict(environment=env, depth=grown, width=grown, **kw)))
+    rows += [r|dict(engine='engine') for r in rows[:2]]
     save('latency-cpu.json', latency=rows)
     save('fold.json', speed=[dict(model='net', norms=3, seconds=dict(fasterfold=dict(median=.1)), ratio=[.8,.9,1])], memory=[])
+    again = dict(batches=10, seconds={'with':dict(median=1.), 'without':dict(median=2.)}, ratio=[.4,.5,.6], again=dict(median=.05))
+    save('validation.json', validation=[again])
     text = results.page(tmp_path)
-    for said in ('a processor, 2 threads','| net | 1 | 2 ms | 0.50× | fails |','| net | 3 | 100 ms | 0.90 |'): assert said in text
+    for said in ('Folding first helps: net (1).','| 10 | 2 s | 1 s | 0.50× | 50 ms |','a processor, 2 threads','| net | 1 | 2 ms | 0.50× | fails |','| net | 3 | 100 ms | 0.90 |'): assert said in text
     assert text.count('<polyline')==2*2+2
 
 def test_long_description():
