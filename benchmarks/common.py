@@ -7,7 +7,8 @@ import numpy as np, torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
-__all__ = ['results', 'hostile', 'chain', 'timer', 'in_turns', 'stats', 'ratio', 'environment', 'described', 'load', 'save', 'table', 'ms', 'times', 'slope']
+__all__ = ['results', 'hostile', 'chain', 'timer', 'in_turns', 'stats', 'ratio', 'environment', 'described', 'load', 'save', 'table', 'ms', 'times', 'slope',
+    'grouped', 'by_variant', 'helped']
 
 results = Path(__file__).parents[1]/'docs'/'results'
 
@@ -199,3 +200,31 @@ def ms(
     if seconds is None: return '–'
     t = seconds*1e3
     return f'{t:.{0 if t>=100 else 1 if t>=10 else 2 if t>=1 else 3}f}'
+
+# ---- Rows of results
+
+def grouped(
+    rows:list, # Dicts
+    *keys      # Of what is the same within a group
+) -> dict: # Tuple of the values of `keys` -> rows, in the order in which they come
+    "`rows` by the values of `keys`"
+    res = {}
+    for r in rows: res.setdefault(tuple(r[k] for k in keys), []).append(r)
+    return res
+
+def by_variant(rows, *keys):
+    "As `grouped`, each group a dict of its rows by what was timed"
+    return {k: {r['variant']: r for r in rs} for k,rs in grouped(rows, *keys).items()}
+
+noise = .03 # Ratios that are no further from 1 count as no difference
+
+def helped(
+    groups:dict # As from `by_variant`, by model and batch
+) -> str: # Empty if nothing was timed
+    "Where folding first makes an engine faster, and where it adds nothing"
+    ratios = {f'{m} ({n})': g['fasterfold']['ratio'] for (m,n),g in groups.items() if 'ratio' in g.get('fasterfold', {})}
+    if not ratios: return ''
+    said = {'Folding first helps': [k for k,(_,_,high) in ratios.items() if high<1-noise],
+        'It adds nothing beyond noise': [k for k,(low,_,high) in ratios.items() if high>=1-noise and low<=1+noise],
+        'It is slower': [k for k,(low,_,_) in ratios.items() if low>1+noise]}
+    return ' '.join(f"{k}: {', '.join(v)}." for k,v in said.items() if v) + ' Batch sizes are in brackets.'

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from torchvision import models as M
 from tqdm import tqdm
 
-from common import chain, described, environment, hostile, in_turns, load, ms, ratio, results, save, slope, stats, table, timer, times
+from common import (by_variant, chain, described, environment, grouped, helped, hostile, in_turns, load, ms, ratio, results, save, slope, stats,
+    table, timer, times)
 from fasterfold.fold import BN_Folder, distance
 from fasterfold.report import count_parameters
 from fasterfold.trace import copy_model
@@ -27,7 +28,6 @@ from peers import load_peers, peers
 batches = 1,16
 depths = 10,20,40,80,160     # Layers of a chain of 32 channels
 widths = 32,64,128,256,512   # Channels of a chain of 10 layers
-noise = .03 # Ratios that are no further from 1 count as no difference
 
 # ---- The models
 
@@ -224,11 +224,6 @@ def growth(
 
 # ---- The page
 
-def _groups(rows, *keys):
-    res = {}
-    for r in rows: res.setdefault(tuple(r[k] for k in keys), {})[r['variant']] = r
-    return res
-
 def _cell(r): return '–' if r is None else 'fails' if 'why' in r else f"{r['ratio'][1]:.2f}" if 'ratio' in r else '–'
 
 def against(
@@ -246,8 +241,8 @@ def page(
     "The results as Markdown"
     parts = ['# Latency', f"{described(res['environment'])}. What each column counts is in benchmarks/README.md."]
     rivals = [k for k in peers if k!=ours]
-    for (kind,dtype),_ in _groups(res['latency'], 'engine', 'dtype').items():
-        groups = _groups([r for r in res['latency'] if (r['engine'],r['dtype'])==(kind,dtype)], 'model', 'batch')
+    for (kind,dtype),rows in grouped(res['latency'], 'engine', 'dtype').items():
+        groups = by_variant(rows, 'model', 'batch')
         names = list(dict.fromkeys(k for g in groups.values() for k in g if k!=base))
         def _row(model, batch, g):
             peer,lim = against(g, rivals)[1],against(g, [limit])[1]
@@ -255,11 +250,7 @@ def page(
             return model,batch,ms(g[base].get('median')),*(_cell(g.get(k)) for k in names),*more
         cols = ['model','batch','original, ms',*names] + (['ours ÷ fastest peer','ours ÷ no norms'] if limit in names else [])
         parts += [f'## {kind}, {dtype}', table(cols, [_row(*k, g) for k,g in groups.items()])]
-        if kind!='eager' and limit not in names:
-            def _which(ok): return ', '.join(f'{m} ({b})' for (m,b),g in groups.items() if 'ratio' in g.get(ours, {}) and ok(g[ours]['ratio']))
-            faster,same,slower = _which(lambda r: r[2]<1-noise), _which(lambda r: not r[2]<1-noise and not r[0]>1+noise), _which(lambda r: r[0]>1+noise)
-            said = ('Folding first makes it faster',faster),('It changes nothing beyond noise',same),('It is slower',slower)
-            parts.append(' '.join(f'{k} (batch in brackets): {v}.' for k,v in said if v))
+        if kind!='eager' and limit not in names: parts += filter(None, [helped(groups)])
         bad = [f"- {r['model']} ({r['batch']}), {r['variant']}: {r['why']}" for g in groups.values() for r in g.values() if 'why' in r]
         if bad: parts.append('Fails:\n\n' + '\n'.join(bad))
     for k,title in ('depth','Growth with depth'),('width','Growth with width'):

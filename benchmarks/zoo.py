@@ -253,18 +253,6 @@ def fold_with(
     right = r['error'] is not None and r['error']<=wrong_above
     return dict(outcome='right' if right else 'wrong', structural=r['error'], **res)
 
-def prepare(
-    entry:Entry,
-    limit:float=math.inf # Millions of parameters above which the weights stay as they are
-) -> tuple: # The model, in eval, the tuple of its arguments, and the number of its parameters
-    "Build a model and its sample, the same ones each time, with hostile weights"
-    seed = zlib.crc32(entry.key.encode())
-    torch.manual_seed(seed)
-    model,sample = entry.build()
-    n = sum(o.numel() for o in model.parameters())
-    if n<=limit*1e6: hostile(model.eval(), sample, seed)
-    return model,sample,n
-
 def measure_model(
     entry:Entry,
     tools:list,    # Of `Peer`
@@ -272,9 +260,12 @@ def measure_model(
     limit:float=math.inf # Millions of parameters above which nothing is measured
 ):
     "Run a model in float32 and float64, fold it with each of the tools; a row for each"
-    model,sample,n = prepare(entry, limit)
-    if n>limit*1e6: return
-    row = dict(key=entry.key, tool='original', params=n)
+    seed = zlib.crc32(entry.key.encode()) # the same weights each time
+    torch.manual_seed(seed)
+    model,sample = entry.build()
+    row = dict(key=entry.key, tool='original', params=sum(o.numel() for o in model.parameters()))
+    if row['params']>limit*1e6: return
+    hostile(model.eval(), sample, seed)
     def _reference():
         torch.set_default_dtype(torch.float64)
         return dict(out=run(model.double(), as_dtype(sample, torch.float64))[0])

@@ -1,6 +1,9 @@
-"The page of results, drawn from what the benchmarks wrote to docs/results: `zoo.json`, `latency-*.json` and `fold.json`"
-import html, json
+"The page of results, drawn from what the benchmarks wrote to docs/results: `zoo.json`, `latency-*.json`, `fold.json` and `validation.json`"
+import html, json, sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'benchmarks'))
+from common import by_variant, described, grouped, helped
 
 names = {'fasterai':'fasterai', 'torch.fx':'torch.fx', 'aimet':'AIMET', 'fasterfold':'fasterfold'}
 zoos = 'timm','torchvision','fastai'
@@ -88,16 +91,6 @@ def zoo_part(zoo:dict|None)->str:
 
 def seconds(t:float|None)->str: return '–' if t is None else f'{t:.3g} s' if t>=1 else f'{t*1e3:.3g} ms' if t>=1e-3 else f'{t*1e6:.3g} µs'
 
-def environment(e:dict)->str:
-    "On what it was measured."
-    return f"{e['device']}, {e['threads']} thread{'s'*(e['threads']!=1)}, Python {e['python']}, " + ', '.join(f'{k} {v}' for k,v in e['releases'].items())+'.'
-
-def grouped(rows:list, *keys)->dict:
-    "`rows` by the values of `keys`, in the order in which they come."
-    res = {}
-    for r in rows: res.setdefault(tuple(r[k] for k in keys), []).append(r)
-    return res
-
 def lines(
     series:dict, # Name to points (x, y); those of ours have a name that starts with 'f'
     xlabel:str,
@@ -119,27 +112,17 @@ def lines(
     return (f'<svg class="lines" viewBox="0 0 {w} {h}" role="img" aria-label="{html.escape(label)}" font-family="system-ui,sans-serif" font-size="12" '
         f'fill="currentColor">{"".join(res)}</svg>')
 
-noise = .03 # Ratios that are no further from 1 count as no difference
-
-def helped(groups:dict)->str:
-    "Where folding first makes an engine faster, and where it adds nothing; `groups` are rows by variant, by (model, batch)."
-    ratios = {f'{m} ({n})': g['fasterfold']['ratio'] for (m,n),g in groups.items() if 'ratio' in g.get('fasterfold', {})}
-    said = {'Folding first helps': [k for k,(low,_,high) in ratios.items() if high<1-noise],
-        'It adds nothing beyond noise': [k for k,(low,_,high) in ratios.items() if high>=1-noise and low<=1+noise],
-        'It is slower': [k for k,(low,_,_) in ratios.items() if low>1+noise]}
-    return ' '.join(f"{k}: {', '.join(v)}." for k,v in said.items() if v)+' Batch sizes are in brackets.'
-
 def latency_part(path:Path)->str:
     "Tables and bars of one device: each engine and type, then growth."
     d = load(path)
-    parts = [f"### {'GPU' if 'cuda' in d['environment'] else 'CPU'}", environment(d['environment'])]
+    parts = [f"### {'GPU' if 'cuda' in d['environment'] else 'CPU'}", described(d['environment'])+'.']
     for (engine,dtype),rows in grouped(d['latency'], 'engine', 'dtype').items():
         cols = list(dict.fromkeys(r['variant'] for r in rows))
-        groups = {k:{r['variant']:r for r in rs} for k,rs in grouped(rows, 'model', 'batch').items()}
+        groups = by_variant(rows, 'model', 'batch')
         ratio = lambda r: '' if r is None else 'fails' if 'why' in r else f"{r['ratio'][1]:.2f}×"
         out = [[m, n, seconds(g[cols[0]].get('median')), *(ratio(g.get(c)) for c in cols[1:])] for (m,n),g in groups.items()]
         parts += [f'#### {engine}, {dtype}', table(['model','batch',*cols], out, set(range(1, len(cols)+2)))]
-        if set(cols)=={'original','fasterfold'}: parts.append(helped(groups))
+        if set(cols)=={'original','fasterfold'}: parts += filter(None, [helped(groups)])
         shown = [(f'{m}, batch {n}', [(c, g[c]['ratio'][1], 'fasterfold' in c) for c in cols if 'ratio' in g.get(c, {})]) for (m,n),g in groups.items()]
         if shown: parts.append(f'<details class="long"{" open" if engine=="eager" else ""}><summary>As bars</summary>{bars(shown, lambda v: f"{v:.2f}×", f"Time by that of the original, {engine}, {dtype}")}</details>')
     pics = [lines({k:[(r[x], r[k]['median']) for r in d[x]] for k in ('original','folded')}, f'{what} of a plain chain', f'Latency against {x}')
@@ -149,7 +132,7 @@ def latency_part(path:Path)->str:
 def fold_part(d:dict|None)->str:
     "What folding itself costs."
     if not d: return 'Not measured yet: `python benchmarks/fold.py` does it.'
-    parts = [environment(d['environment'])]
+    parts = [described(d['environment'])+'.']
     if rows := d.get('speed'):
         cols = list(rows[0]['seconds'])
         out = [[r['model'], r['norms'], *(seconds(r['seconds'].get(c, {}).get('median')) for c in cols), f"{r['ratio'][1]:.2f}" if r['ratio'] else ''] for r in rows]
@@ -166,7 +149,7 @@ def validation_part(d:dict|None)->str:
     "What validating the folded model after each epoch saves."
     if not d: return 'Not measured yet: `python benchmarks/validation.py` does it.'
     rows = [[r['batches'], *(seconds(r['seconds'][k]['median']) for k in ('without','with')), f"{r['ratio'][1]:.2f}×", seconds(r['again']['median'])] for r in d['validation']]
-    return '\n\n'.join([environment(d['environment']), table(['batches of 64 images','without','with `FoldedValidation`','ratio','of it to fold again'], rows, {0,1,2,3,4})])
+    return '\n\n'.join([described(d['environment'])+'.', table(['batches of 64 images','without','with `FoldedValidation`','ratio','of it to fold again'], rows, {0,1,2,3,4})])
 
 def page(
     folder:Path, # Where the benchmarks write
