@@ -472,8 +472,10 @@ class _Detached(TorchFunctionMode):
 @growing()
 def copy_model(
     model:nn.Module, # The model, in any mode
-)->nn.Module: # A deep copy that shares no tensor with it
+    shared=(), # Tensors of it that are not copied
+)->nn.Module: # A deep copy that shares no other tensor with it
     "Deep copy of `model`, also where it keeps tensors with history, as trained `DynamicUnet`s do."
-    try: return copy.deepcopy(model)
+    def copied(): return copy.deepcopy(model, {id(t):t for t in shared})
+    try: return copied()
     except RuntimeError: # a tensor with history
-        with _Detached(): return copy.deepcopy(model)
+        with _Detached(): return copied()

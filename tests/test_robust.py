@@ -49,13 +49,13 @@ def unharmed(net, x, error, folder=None):
         assert state(net)==before and all(p.grad is g for p,g in zip(net.parameters(), grads))
     return came
 
-STAGES = 'trace plan_folds apply_plan Snapshot infer_sample edited run compare_runs prove to_double distance other_sample copy_model'.split()
+STAGES = 'trace plan_folds apply_plan Snapshot infer_sample edited run compare_runs prove run_double to_double distance other_sample copy_model'.split()
 @pytest.mark.parametrize('error', ERRORS)
 @pytest.mark.parametrize('home,stage', [*[(fold_module,o) for o in STAGES],(nn,'Identity')])
 def test_error_at_a_stage(home, stage, error, monkeypatch):
     "Each stage fails once, at its first, second, … call."
     net,x,right = network().double(),sample().double(),getattr(home, stage)
-    if stage in ('prove','to_double','distance'): net,x = net.bfloat16(),x.bfloat16() # half precision is proved in float64
+    if stage in ('prove','run_double','to_double','distance'): net,x = net.bfloat16(),x.bfloat16() # half precision is proved in float64
     failures = 0
     for n in range(1, 30):
         calls = 0
@@ -68,7 +68,7 @@ def test_error_at_a_stage(home, stage, error, monkeypatch):
             m.setattr(home, stage, fails)
             failures += unharmed(net, None if stage=='infer_sample' else x, error)
         if calls<n: break
-    assert calls and (failures or stage in ('run','prove','to_double','distance') and error is not KeyboardInterrupt)
+    assert calls and (failures or stage in ('run','prove','run_double','to_double','distance') and error is not KeyboardInterrupt)
 
 class Bomb(TorchDispatchMode):
     "Raises `error` instead of running operation number `at`, copies into existing memory not counted: with these a model is put back."
@@ -195,6 +195,55 @@ def test_mixed_dtypes():
     new = folder.fold(net, x)
     assert len(folder.result.folded)==2 and new.body[0].bias.dtype is torch.bfloat16 and new.head[0].bias.dtype is torch.float32
     assert distance(run(new, x), run(net, x))<.05
+
+class Keeping(nn.Module):
+    "Keeps what it computes for later: in a list, a dictionary of a dictionary, an object, and a plain attribute."
+    def __init__(self, c):
+        super().__init__()
+        self.scale,self.kept,self.by,self.other = nn.Parameter(torch.randn(c,1,1)),[],{'a':{}},type('Store', (), {})()
+    def forward(self, x):
+        self.kept.append(self.scale*2)
+        self.by['a'][x.shape] = self.other.last = self.last = self.scale+1
+        return x*self.kept[-1]*self.last
+
+def test_what_a_model_keeps_for_later_is_its_own():
+    "A proof in float64 leaves nothing of it in the model."
+    net = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), Keeping(4))).bfloat16()
+    x,folder = sample().bfloat16(),BN_Folder()
+    folder.fold(net, x, inplace=True)
+    k = net[3]
+    assert folder.result.proof.exact is not None and len(k.kept)>2 and k.by['a']
+    assert all(t.dtype is torch.bfloat16 for t in (*k.kept,*k.by['a'].values(),k.other.last,k.last))
+
+class Recurrent(nn.Module):
+    "Its dtypes are checked before PyTorch sees an operation."
+    def __init__(self):
+        super().__init__()
+        self.body,self.rnn,self.cell = nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4)),nn.LSTM(4, 5, bidirectional=True),nn.GRUCell(10, 6)
+        self.head = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    def forward(self, x): return self.head(self.cell(self.rnn(self.body(x).permute(2,0,1).to(self.cell.weight_hh.dtype))[0][-1]))
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16,torch.float32])
+def test_float64_run_of_a_recurrent_model(dtype):
+    net,x = randomize_norms(Recurrent()).to(dtype),torch.randn(4, 3, 9).to(dtype)
+    assert distance(run_double(net, x), run(to_double(net), x.double()))<1e-14
+    folder = BN_Folder()
+    new = folder.fold(net, x)
+    assert len(folder.result.folded)==2 and (folder.result.proof.exact is not None)==(dtype is torch.bfloat16)
+    check_fold(net, new, x)
+
+class Insists(nn.Module):
+    "Computes in float32 and float16 whatever it is given, and writes into what it makes."
+    def forward(self, x):
+        res = torch.zeros(x.shape, dtype=torch.float32)
+        res[:,1:] = x[:,1:].float().half()
+        return res.type(torch.float16).to(x.dtype)
+
+def test_model_that_insists_on_a_dtype_is_proved_in_float64():
+    net = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Insists(), nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2))).bfloat16()
+    x,folder = sample().bfloat16(),BN_Folder()
+    folder.fold(net, x)
+    assert len(folder.result.folded)==2 and folder.result.proof.exact<1e-13<1e-5<folder.result.proof.own
 
 def test_under_autocast():
     net,x = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2), nn.BatchNorm1d(2))),sample()
