@@ -214,10 +214,12 @@ def weight_as_function(b, i):
     b.add(f, i)
 @kind()
 def tie(b, i):
-    old = [m for m in b.net.mods if isinstance(m, (nn.modules.conv._ConvNd,nn.Linear))]
-    if len(old)<2: return
-    m,n = b.pick(*old),b.pick(*old)
-    if m is not n and m.weight.shape==n.weight.shape and len(b.net.steps)==0: n.weight = m.weight
+    "Two layers that ran get one weight."
+    old = [m for m in b.net.mods if isinstance(m, (nn.modules.conv._ConvNd,nn.Linear)) and 'weight' in m._parameters]
+    pairs = [(m,n) for m in old for n in old if m is not n and m.weight.shape==n.weight.shape]
+    if not pairs: return
+    m,n = b.pick(*pairs)
+    n.weight = m.weight
 @kind()
 def weight_norm(b, i):
     m = b.conv(i)
