@@ -29,7 +29,9 @@ def _one_batch(dl):
         if isinstance(dl, TorchDataLoader):
             by = dict(batch_sampler=dl.batch_sampler) if dl.batch_size is None else dict(batch_size=dl.batch_size)
             dl = TorchDataLoader(dl.dataset, collate_fn=dl.collate_fn, **by)
-        elif hasattr(dl, 'new'): dl = dl.__dict__.get('dl', dl).new(shuffle=False, drop_last=False, num_workers=0)
+        elif hasattr(dl, 'new'):
+            dl = dl.__dict__.get('dl', dl) # what a `DistributedDL` wraps: its own order is broadcast, for which it would wait for all processes
+            dl = dl.new(shuffle=False, drop_last=False, num_workers=0)
         return first(dl)
     finally: set_random_states(**rng)
 
