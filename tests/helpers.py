@@ -3,7 +3,7 @@ import random
 import numpy as np, torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from fasterfold.fold import BN_Folder,distance,run,run_double,to_double
+from fasterfold.fold import BN_Folder,distance,run,to_double
 
 def randomize_norms(
     model:nn.Module, # Changed in place

@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 import fasterfold.fold as fold_module
+from fasterfold.fold import run_double
 from fasterfold.trace import FoldError
 from helpers import *
 
