@@ -138,7 +138,7 @@ def _html_table(rows, left=(), bars=None):
 def _styled(*parts): return f'<div class="fasterfold"><style>{_css}</style>{"".join(parts)}</div>'
 
 # %% ../nbs/05_report.ipynb #f72c7de8
-def _device(sample): return next((str(t.device) for t in tensors_of(as_args(sample))), 'cpu')
+def _device(sample): return next((str(t.device) for t in tensors_of(sample)), 'cpu')
 
 def compare(
     models:dict, # Modules, or anything callable, by name; the first is the base

@@ -104,8 +104,12 @@ class Graph:
 def as_args(
     sample, # A tuple is positional arguments, a dict keyword arguments, anything else one argument
 )->tuple: # (args, kwargs)
-    "`sample` as the arguments of a call; tensor subclasses become plain tensors."
-    sample = tree_map_only(Tensor, lambda t: t.as_subclass(Tensor) if type(t) is not Tensor else t, sample)
+    "`sample` as the arguments of a call, with copies of its tensors: plain ones, that the model may write to."
+    copies = {}
+    def copied(t):
+        if id(t) not in copies: copies[id(t)] = t.as_subclass(Tensor).detach().clone()
+        return copies[id(t)]
+    sample = tree_map_only(Tensor, copied, sample)
     if isinstance(sample, tuple): return tuple(sample),{}
     return ((),dict(sample)) if isinstance(sample, dict) else ((sample,),{})
 
@@ -454,7 +458,7 @@ def infer_sample(
     for shape,high in _candidates(model):
         x = _draw(shape, high, like, gen)
         try:
-            with preserved(model): model(x)
+            with preserved(model): model(x.clone())
             return x,
         except Exception: pass # not this shape, then
     raise FoldError(f"No sample to run {type(model).__name__} on could be made up from its first layer. "

@@ -9,6 +9,7 @@ from fastai.layers import BatchNorm1dFlat
 from torch import nn
 from torch.nn.utils import parametrize,parametrizations
 from torchvision.ops import FrozenBatchNorm2d
+from fasterfold.report import latency
 from fasterfold.rules import PULL
 from fasterfold.trace import FoldError
 from helpers import *
@@ -424,6 +425,17 @@ def test_value_normed_again_after_the_first_result_was_written_to(again, why):
         return getattr(m, again)(y)+z
     plan = folds(Fn(f, conv=conv(3, 3), norm=nn.BatchNorm2d(3), other=nn.BatchNorm2d(3)), image())
     assert why in reason(plan, 'norm')
+
+@pytest.mark.parametrize('inplace', [False,True])
+def test_model_that_writes_to_its_input(inplace):
+    "Each run gets a copy of the sample: the next would see what the last one wrote, and so would the caller."
+    net = Fn(lambda m,x: m.norm(m.conv(x.sub_(.5).relu_())), conv=conv(), norm=nn.BatchNorm2d(4))
+    x = image()
+    given = x.clone()
+    folds(net, x, folded='norm')
+    BN_Folder().fold(net, x, inplace=inplace)
+    latency(net, x, seconds=.01)
+    assert torch.equal(x, given)
 
 def test_written_result_of_one_norm_of_two():
     "The second norm folds first, as it can go on into what follows; the first must not then write to what that one reads."
