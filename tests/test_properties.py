@@ -61,6 +61,10 @@ def kind(weight=1):
         return f
     return add
 
+def lone(groups, x):
+    "Is each of the groups of `x` one value? Its norm is zero, and what rounding makes of a zero nothing can tell."
+    return x[0].numel()==groups
+
 class Builder:
     "Grows a `Net` by running it as it grows, so that each step fits."
     def __init__(self,
@@ -125,7 +129,8 @@ class Builder:
         if which==1 and r==4: return FrozenBatchNorm2d(s[1])
         if which==2: return LayerScale((s[1],*[1]*(r-2)))
         if which==3: return LayerScale(s[-1])
-        if which==4 and self.vals[i].numel()>s[1]: return nn.GroupNorm(self.pick(*[g for g in range(1, s[1]+1) if s[1]%g==0]), s[1], affine=affine)
+        groups = [g for g in range(1, s[1]+1) if s[1]%g==0 and not lone(g, self.vals[i])]
+        if which==4 and groups: return nn.GroupNorm(self.pick(*groups), s[1], affine=affine)
         if which==5: return nn.LayerNorm(s[-1], bias=self.flag())
         if which==6 and self.vals[i].numel()>s[1]>0 and r>2: return bn(s[1], affine=affine, track_running_stats=False)
         if which==7 and r==3: return BatchNorm1dFlat(s[-1])
@@ -198,7 +203,8 @@ def again(b, i):
     "A module that ran before runs again."
     old = [(k,m) for k,m in enumerate(b.net.mods)]
     if not old: return
-    k,_ = b.pick(*old)
+    k,m = b.pick(*old)
+    if isinstance(m, nn.GroupNorm) and lone(m.num_groups, b.vals[i]): return
     try: b.call(k, i)
     except (RuntimeError,ValueError,AssertionError): pass # it takes another shape
 @kind()
