@@ -9,6 +9,7 @@ from io import StringIO
 from pathlib import Path
 
 import torch
+from fastai.layers import ToTensorBase
 from fastai.tabular.model import TabularModel
 from fastai.vision.learner import create_unet_model, create_vision_model
 from fastai.vision.models import xresnet
@@ -141,13 +142,19 @@ def _graph(model, sample):
         return out
     return _replay
 
+def _plain(model):
+    "A copy of `model` without fastai's `ToTensorBase`, which sets the type of a U-Net's result: neither the compiler nor the exporter gets past it"
+    model = copy_model(model)
+    for m in model.modules(): m._modules.update({k: nn.Identity() for k,o in m.named_children() if isinstance(o, ToTensorBase)})
+    return model
+
 @engine('torch.compile', 'cpu', 'cuda')
-def _compile(model, sample): return torch.compile(model, dynamic=False, options=dict(freezing=True))
+def _compile(model, sample): return torch.compile(_plain(model), dynamic=False, options=dict(freezing=True))
 
 def _onnx(model, sample, load):
     "What `load(file)` makes of `model` as an ONNX file"
     with tempfile.TemporaryDirectory() as d, redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        torch.onnx.export(model, sample, file := f'{d}/model.onnx', dynamo=True, verbose=False)
+        torch.onnx.export(_plain(model), sample, file := f'{d}/model.onnx', dynamo=True, verbose=False)
         return load(file)
 
 @engine('onnxruntime', 'cpu')
