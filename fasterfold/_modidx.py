@@ -98,6 +98,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'fasterfold.fold._Widened.__init__': ('fold.html#_widened.__init__', 'fasterfold/fold.py'),
                                  'fasterfold.fold._Widened.__torch_dispatch__': ( 'fold.html#_widened.__torch_dispatch__',
                                                                                   'fasterfold/fold.py'),
+                                 'fasterfold.fold._Widened._wide': ('fold.html#_widened._wide', 'fasterfold/fold.py'),
                                  'fasterfold.fold._Widened.widen': ('fold.html#_widened.widen', 'fasterfold/fold.py'),
                                  'fasterfold.fold._apart': ('fold.html#_apart', 'fasterfold/fold.py'),
                                  'fasterfold.fold._containers': ('fold.html#_containers', 'fasterfold/fold.py'),

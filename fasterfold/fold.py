@@ -168,20 +168,26 @@ class _Widened(TorchDispatchMode):
     _should_skip_dynamo = Tracer._should_skip_dynamo
     def __init__(self, edits):
         super().__init__()
-        self.edits,self.wide = WeakIdKeyDictionary(),WeakIdKeyDictionary()
+        self.edits,self.wide,self.widening = WeakIdKeyDictionary(),WeakIdKeyDictionary(),False
         for p,old,maps in edits: self.edits[p] = old,maps
+
+    def _wide(self, t):
+        if t in self.edits:
+            old,maps = self.edits[t]
+            return edited(old.double(), maps)
+        if t.dtype is torch.float64 or isinstance(t, nn.Parameter): return t.double()
+        if t not in self.wide: self.wide[t] = t.double() # what is written to it later shall be read again
+        return self.wide[t]
 
     def widen(self, a):
         if isinstance(a, torch.dtype): return torch.float64 if a.is_floating_point else a
         if not isinstance(a, Tensor) or not a.is_floating_point(): return a
-        if a in self.edits:
-            old,maps = self.edits[a]
-            return edited(old.double(), maps)
-        if a.dtype is torch.float64 or isinstance(a, nn.Parameter): return a.double()
-        if a not in self.wide: self.wide[a] = a.double() # what is written to it later shall be read again
-        return self.wide[a]
+        self.widening = True # its own operations are none of the model's
+        try: return self._wide(a)
+        finally: self.widening = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.widening: return func(*args, **(kwargs or {}))
         return func(*tree_map(self.widen, args), **tree_map(self.widen, kwargs or {}))
 
 class _Claimed(TorchFunctionMode):

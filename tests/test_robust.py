@@ -1,5 +1,5 @@
 "Whatever goes wrong, the model is as it was; and what is folded keeps its dtype, device, memory format and wrappers."
-import random, sys
+import gc, random, sys
 import numpy as np, pytest, torch
 import torch.distributed as dist
 from torch import nn
@@ -245,6 +245,19 @@ def test_model_that_insists_on_a_dtype_is_proved_in_float64():
     x,folder = sample().bfloat16(),BN_Folder()
     folder.fold(net, x)
     assert len(folder.result.folded)==2 and folder.result.proof.exact<1e-13<1e-5<folder.result.proof.own
+
+def test_float64_run_holds_one_weight_at_a_time():
+    live = []
+    class Weigher(nn.Module):
+        def forward(self, x):
+            gc.collect()
+            with torch._C.DisableTorchFunction(): # else every tensor says that it is float64
+                live.append(sum(t.numel() for t in gc.get_objects() if type(t) in (torch.Tensor,nn.Parameter) and t.dtype is torch.float64))
+            return x
+    layers = [m for _ in range(6) for m in (nn.Linear(64, 64),nn.BatchNorm1d(64))]
+    net,x,folder = randomize_norms(nn.Sequential(*layers, Weigher())).bfloat16(),torch.randn(4, 64).bfloat16(),BN_Folder()
+    folder.fold(net, x)
+    assert len(folder.result.folded)==6 and folder.result.proof.exact is not None and max(live)-live[0]<2*64*64
 
 def test_under_autocast():
     net,x = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2), nn.BatchNorm1d(2))),sample()
