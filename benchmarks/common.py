@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 __all__ = ['results', 'hostile', 'chain', 'timer', 'in_turns', 'stats', 'ratio', 'environment', 'described', 'load', 'save', 'table', 'ms', 'times', 'slope',
-    'grouped', 'by_variant', 'helped']
+    'grouped', 'by_variant', 'helped', 'typical']
 
 results = Path(__file__).parents[1]/'docs'/'results'
 
@@ -215,6 +215,14 @@ def grouped(
 def by_variant(rows, *keys):
     "As `grouped`, each group a dict of its rows by what was timed"
     return {k: {r['variant']: r for r in rs} for k,rs in grouped(rows, *keys).items()}
+
+def typical(
+    rows:list # Of folding: dicts with `input`, whose first number is the batch, and `ratio`
+) -> str: # Empty if nothing was compared
+    "Median ratio over the models, for each batch"
+    def _median(rs): return float(np.median([r['ratio'][1] for r in rs]))
+    batches = grouped([dict(r, batch=r['input'][0]) for r in rows if r['ratio']], 'batch')
+    return ', '.join(f'{_median(rs):.2f} with a batch of {n}' for (n,),rs in batches.items())
 
 noise = .03 # Ratios that are no further from 1 count as no difference
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import get_model
 from tqdm import tqdm
 
-from common import chain, described, environment, hostile, in_turns, load, ms, ratio, results, save, slope, stats, table, timer, times
+from common import chain, described, environment, hostile, in_turns, load, ms, ratio, results, save, slope, stats, table, timer, times, typical
 from fasterfold.fold import BN_Folder
 from fasterfold.report import count_parameters, model_size
 from fasterfold.trace import copy_model
@@ -135,10 +135,9 @@ def page(
     def _mb(n): return f'{n/2**20:.1f}'
     if rows := res['speed']:
         names = list(rows[0]['seconds'])
-        def _row(r): return r['model'],r['norms'],*(ms(r['seconds'][k]['median']) for k in names),r['proof'],r['fastest'] or '–',f"{r['ratio'][1]:.2f}" if r['ratio'] else '–'
-        parts += ['## Milliseconds to fold', table(['model','norms',*names,'proof in','fastest peer','ratio'], map(_row, rows))]
-        if ratios := [r['ratio'][1] for r in rows if r['ratio']]:
-            parts.append(f'Median ratio of folding with proof to the fastest peer and two forward passes: {stats([ratios])["median"]:.2f}.')
+        def _row(r): return r['model'],r['input'][0],r['norms'],*(ms(r['seconds'][k]['median']) for k in names),r['proof'],r['fastest'] or '–',f"{r['ratio'][1]:.2f}" if r['ratio'] else '–'
+        parts += ['## Milliseconds to fold', table(['model','batch','norms',*names,'proof in','fastest peer','ratio'], map(_row, rows))]
+        if said := typical(rows): parts.append(f'Median ratio of folding with proof to the fastest peer and two forward passes: {said}.')
     if rows := res['memory']:
         def _row(r): return r['model'],r['proof'],*(_mb(r[k]) for k in ('parameters','edited','forward','fold')),f"{r['ratio']:.2f}",*(_mb(r[k]) for k in ('held','left','leaked'))
         parts += ['## Megabytes to fold in place', table('model,proof in,parameters,edited,forward pass,peak,ratio,kept for undo,left,leaked'.split(','), map(_row, rows))]
@@ -156,7 +155,7 @@ def main(
     tools:str=','.join(peers),    # Tools to fold with, comma-separated
     models:str=','.join(all_models),  # torchvision models to fold, comma-separated
     size:int=224,     # Pixels along a side of the images
-    batch:int=8,      # Images in the sample
+    batches:str='8,64', # Images in the sample, comma-separated; memory is measured with the first
     turns:int=5,      # How often each measurement is taken
     threads:int=0,    # CPU threads; 0 is PyTorch's choice
     quick:store_true=False, # Only try whether it runs: two turns, small chains?
@@ -165,17 +164,18 @@ def main(
     "Measure what folding costs, and write docs/results/fold.json and fold.md"
     warnings.simplefilter('ignore')
     if threads: torch.set_num_threads(threads)
-    names,tools,turns = models.split(','),load_peers(tools.split(',')),2 if quick else turns
+    names,sizes,tools,turns = models.split(','),[int(o) for o in batches.split(',')],load_peers(tools.split(',')),2 if quick else turns
     env = environment(['torch','torchvision',*(d for d,_ in peers.values())])
     res = dict(environment=env, speed=[], memory=[], depth=[], width=[]) | load(out, env)
-    def _put(kind, row): res[kind] = [r for r in res[kind] if r['model']!=row['model']] + [row]
+    def _put(kind, row): res[kind] = [r for r in res[kind] if (r['model'],r['input'])!=(row['model'],row['input'])] + [row]
     deep,wide = [(o,16) for o in (depths[:1]*quick or depths)],[(20,o) for o in (widths[:1]*quick or widths)]
     timed = len(tools) + 2*('fasterfold' in tools) + 2
-    with tqdm(total=len(names)*(turns*timed+1) + turns*(len(deep)+len(wide))) as bar:
+    with tqdm(total=len(names)*(len(sizes)*turns*timed+1) + turns*(len(deep)+len(wide))) as bar:
         for o in names:
             bar.set_postfix_str(o)
-            _put('speed', row := speed(o, tools, size, batch, turns, bar.update))
-            _put('memory', dict(memory(o, size, batch), proof=row['proof']))
+            rows = [speed(o, tools, size, n, turns, bar.update) for n in sizes]
+            for r in rows: _put('speed', r)
+            _put('memory', dict(memory(o, size, sizes[0]), proof=rows[0]['proof']))
             bar.update()
             save(out, res, page)
         for k,chains in ('depth',deep),('width',wide):

@@ -3,7 +3,7 @@ import html, json, sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'benchmarks'))
-from common import by_variant, described, grouped, helped
+from common import by_variant, described, grouped, helped, typical
 
 names = {'fasterai':'fasterai', 'torch.fx':'torch.fx', 'aimet':'AIMET', 'fasterfold':'fasterfold'}
 zoos = 'timm','torchvision','fastai'
@@ -135,9 +135,10 @@ def fold_part(d:dict|None)->str:
     parts = [described(d['environment'])+'.']
     if rows := d.get('speed'):
         cols = list(rows[0]['seconds'])
-        out = [[r['model'], r['norms'], *(seconds(r['seconds'].get(c, {}).get('median')) for c in cols), f"{r['ratio'][1]:.2f}" if r['ratio'] else ''] for r in rows]
+        out = [[r['model'], r['input'][0], r['norms'], *(seconds(r['seconds'].get(c, {}).get('median')) for c in cols), f"{r['ratio'][1]:.2f}" if r['ratio'] else ''] for r in rows]
         parts += ['Time to fold. The last column compares folding *with* its proof to the fastest other tool and the two forward passes that it takes to check that one by hand.',
-            table(['model','norms',*cols,'ratio'], out, set(range(1, len(cols)+3)))]
+            table(['model','batch','norms',*cols,'ratio'], out, set(range(1, len(cols)+4)))]
+        if said := typical(rows): parts.append(f'Median over the models: {said}.')
     if rows := d.get('memory'):
         mb = lambda n: f'{n/2**20:.1f}'
         parts += ['Memory to fold in place, in MB. The ratio is that of the peak to edited parameters and one forward pass.',

@@ -19,7 +19,7 @@ def measured(script, out, *args):
     return json.loads(out.read_text(), parse_constant=_constant), out.with_suffix('.md').read_text()
 
 def test_fold(tmp_path):
-    res,page = measured('fold', tmp_path/'fold.json', '--models', 'resnet18', '--size', '32', '--batch', '1')
+    res,page = measured('fold', tmp_path/'fold.json', '--models', 'resnet18', '--size', '32', '--batches', '1')
     assert res['environment']['threads']==1 and 'torch' in res['environment']['releases']
     (speed,),(memory,),(depth,),(width,) = (res[k] for k in ('speed','memory','depth','width'))
     assert speed['model']==memory['model']=='resnet18' and speed['norms']==20
