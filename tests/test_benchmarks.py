@@ -26,7 +26,7 @@ def test_fold(tmp_path):
     assert set(speed['seconds'])=={'fasterfold','fasterfold in place','fasterfold without proof','run original','run folded'}
     assert memory['leaked']==0 < memory['held'] <= memory['fold'] and 0<memory['edited']<=memory['parameters']
     assert depth['depth']==100 and width['width']==64
-    assert '| resnet18 | 20 |' in page
+    assert '| resnet18 | 1 | 20 |' in page
 
 def test_validation(tmp_path):
     out = tmp_path/'validation.json'

@@ -157,11 +157,11 @@ def test_results_page(tmp_path):
     save = lambda name, **kw: (tmp_path/name).write_text(json.dumps(dict(environment=env, depth=grown, width=grown, **kw)))
     rows += [r|dict(engine='engine') for r in rows[:2]]
     save('latency-cpu.json', latency=rows)
-    save('fold.json', speed=[dict(model='net', norms=3, seconds=dict(fasterfold=dict(median=.1)), ratio=[.8,.9,1])], memory=[])
+    save('fold.json', speed=[dict(model='net', input=[8,3,9,9], norms=3, seconds=dict(fasterfold=dict(median=.1)), ratio=[.8,.9,1])], memory=[])
     again = dict(batches=10, seconds={'with':dict(median=1.), 'without':dict(median=2.)}, ratio=[.4,.5,.6], again=dict(median=.05))
     save('validation.json', validation=[again])
     text = results.page(tmp_path)
-    for said in ('Folding first helps: net (1).','| 10 | 2 s | 1 s | 0.50× | 50 ms |','a processor, 2 threads','| net | 1 | 2 ms | 0.50× | fails |','| net | 3 | 100 ms | 0.90 |'): assert said in text
+    for said in ('Folding first helps: net (1).','| 10 | 2 s | 1 s | 0.50× | 50 ms |','a processor, 2 threads','| net | 1 | 2 ms | 0.50× | fails |','| net | 8 | 3 | 100 ms | 0.90 |','0.90 with a batch of 8'): assert said in text
     assert text.count('<polyline')==2*2+2
 
 def test_long_description():
