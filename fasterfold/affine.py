@@ -72,10 +72,11 @@ class Affine:
     @classmethod
     def of(cls, rank:int, dim:int, scale, shift=None):
         "The map of `rank` dimensions whose numbers `scale` and `shift` (1-D, or None) change along `dim` only."
-        shape,id = [1]*rank,cls.identity(rank)
+        one = [1]*rank
+        shape = one.copy()
         shape[dim] = -1
-        def full(t, default): return default if t is None else t.double().reshape(shape)
-        return cls(full(scale, id.scale), full(shift, id.shift))
+        def full(t, default): return torch.full(one, default, dtype=torch.float64) if t is None else t.double().reshape(shape)
+        return cls(full(scale, 1.), full(shift, 0.))
 
     def __post_init__(self): assert self.scale.dim()==self.shift.dim()
     def __repr__(self): return f"Affine(scale {tuple(self.scale.shape)}, shift {tuple(self.shift.shape)})"
@@ -85,13 +86,13 @@ class Affine:
     def __matmul__(self, other): return Affine(self.scale*other.scale, self.scale*other.shift + self.shift).collapse()
     def __eq__(self, other):
         if not isinstance(other, Affine) or self.rank!=other.rank: return False
-        return all(torch.equal(*torch.broadcast_tensors(a, b)) for a,b in ((self.scale,other.scale),(self.shift,other.shift)))
+        return bool((self.scale==other.scale).all() and (self.shift==other.shift).all())
     __hash__ = None
 
     @property
     def rank(self): return self.scale.dim()
     @property
-    def shape(self): return torch.broadcast_shapes(self.scale.shape, self.shift.shape)
+    def shape(self): return tuple(n if m==1 else m for m,n in zip(self.scale.shape, self.shift.shape))
     @property
     def shifts(self): return bool((self.shift!=0).any())
     @property
