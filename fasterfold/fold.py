@@ -64,9 +64,10 @@ def _round_to(out, t):
 def edited(
     p:Tensor, # A parameter, or float64 numbers
     maps:list, # `Affine` maps of it, in order
-)->Tensor: # In the dtype, device and memory format of `p`
+    dtype:torch.dtype=None, # Of the result; None for that of `p`
+)->Tensor: # In the device and memory format of `p`
     "`p` after all `maps`, computed in float64 and rounded once."
-    new,n = torch.empty_like(p),max(1, 2**16*torch.get_num_threads()*len(p)//max(p.numel(), 1)) if p.dim() else 1 # as much as caches hold
+    new,n = torch.empty_like(p, dtype=dtype),max(1, 2**16*torch.get_num_threads()*len(p)//max(p.numel(), 1)) if p.dim() else 1 # as much as caches hold
     for i in range(0, len(p) if p.dim() else 1, n):
         t = (p[i:i+n] if p.dim() else p).to('cpu', torch.float64)
         for a in maps: t = a.rows(i, n)(t)
@@ -174,7 +175,7 @@ class _Widened(TorchDispatchMode):
     def _wide(self, t):
         if t in self.edits:
             old,maps = self.edits[t]
-            return edited(old.double(), maps)
+            return edited(old, maps, torch.float64)
         if t.dtype is torch.float64 or isinstance(t, nn.Parameter): return t.double()
         if t not in self.wide: self.wide[t] = t.double() # what is written to it later shall be read again
         return self.wide[t]
