@@ -83,6 +83,14 @@ def test_rounding_of_a_model_that_insists_on_float32():
     class Insists(nn.Linear):
         def forward(self, x): return super().forward(x.float())
     r = rounding(Insists(2, 2), Insists(2, 2), torch.ones(1,2))
+    assert r.original<1e-6<r.folded and 'float64' in str(r) and r.difference>0
+
+def test_rounding_of_a_model_that_refuses_float64():
+    class Refuses(nn.Linear):
+        def forward(self, x):
+            if x.dtype is torch.float64: raise TypeError('no float64 here')
+            return super().forward(x)
+    r = rounding(Refuses(2, 2), Refuses(2, 2), torch.ones(1,2))
     assert r.original is None and 'float64' not in str(r) and r.difference>0
 
 def test_500_norms_are_a_short_report(deep):
