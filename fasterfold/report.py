@@ -221,7 +221,7 @@ def rounding(
     a,b = run(original, sample),run(folded, sample)
     scale = _gap(a, [torch.zeros_like(t) for t in a])
     try: exact = run_double(original, sample)
-    except Exception: return Rounding(_gap(b, a), None, None, scale) # something in it insists on another dtype
+    except Exception: return Rounding(_gap(b, a), None, None, scale) # it refuses float64, or its device has none
     return Rounding(_gap(b, a), _gap(a, exact), _gap(b, exact), scale)
 
 # %% ../nbs/05_report.ipynb #a3f3ec6f
