@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Snapshot', 'edited', 'apply_plan', 'Proof', 'distance', 'run', 'to_double', 'run_double', 'compare_runs', 'prove',
-           'other_sample', 'BN_Folder']
+           'other_samples', 'BN_Folder']
 
 # %% ../nbs/04_fold.ipynb #1a84c96c
 import re, torch
@@ -244,12 +244,18 @@ def prove(
     return Proof(distance(outs, refs), _largest(outs, refs), own, near, struct, ok)
 
 # %% ../nbs/04_fold.ipynb #d2c844ea
-def other_sample(
+def _smaller(t):
+    "Images at about half their size if they are large: a view."
+    if t.dim()<4 or not t.is_floating_point(): return t
+    h,w = (max(64, -(-s//64)*32) for s in t.shape[-2:])
+    return t[...,:h,:w]
+
+def other_samples(
     sample, # A sample
-): # Another one, None if it holds no floating-point batch
-    "A sample with another batch size and other numbers."
+)->list: # Empty if it holds no floating-point batch
+    "Samples with another batch size and other numbers: one with smaller images, if `sample` has large ones, and one with images as they are."
     ts = [t for t in tree_flatten(sample)[0] if isinstance(t, Tensor) and t.dim()]
-    if not any(t.is_floating_point() for t in ts): return None
+    if not any(t.is_floating_point() for t in ts): return []
     n = ts[0].shape[0]
     batch = all(t.shape[0]==n for t in ts)
     def other(t):
@@ -257,7 +263,8 @@ def other_sample(
         if batch and n>1: t = t[:1]
         u = -t if t.is_floating_point() else t
         return torch.cat([t,u]) if batch and n==1 else u
-    return tree_map_only(Tensor, other, sample)
+    small = [tree_map_only(Tensor, _smaller, sample)] if any(_smaller(t).shape!=t.shape for t in ts) else []
+    return [tree_map_only(Tensor, other, s) for s in [*small,sample]]
 
 # %% ../nbs/04_fold.ipynb #a6e905dc
 _normal_mode = torch.inference_mode(False) # a tensor made in inference mode can never be trained again
@@ -383,9 +390,10 @@ def _fold(self:BN_Folder, target, sample):
 
 def _tests(target, sample, refs):
     "Samples and what the original returns for them, the cheapest first."
-    second = other_sample(sample)
-    try: return [(sample,refs)] if second is None else [(second, run(target, second)), (sample,refs)]
-    except Exception: return [(sample,refs)] # a model may take one batch size only
+    for other in other_samples(sample):
+        try: return [(other, run(target, other)), (sample,refs)]
+        except Exception: pass # a model may take one batch size or image size only
+    return [(sample,refs)]
 
 # %% ../nbs/04_fold.ipynb #4c57da74
 @patch

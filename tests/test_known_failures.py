@@ -160,6 +160,15 @@ def test_control_flow_that_the_second_sample_shows():
     assert 'failed verification' in reason(folder.result, 'norm')
     assert distance(run(new, -x), run(net, -x))==0 and distance(run(new, x), run(net, x))==0
 
+def test_fold_that_holds_for_one_image_size_only():
+    "Images that windows of 7 do not divide are padded with zeros after the norm; the sample, which is divided, does not show it."
+    def f(m, x): return m.conv(F.pad(m.norm(x.relu()), (0, -x.shape[-1]%7, 0, -x.shape[-2]%7)))
+    net = randomize_norms(Fn(f, norm=nn.BatchNorm2d(4), conv=nn.Conv2d(4, 3, 7, stride=7))).double()
+    folder = BN_Folder()
+    new = folder.fold(net, double(2, 4, 224, 224))
+    assert 'failed verification' in reason(folder.result, 'norm')
+    assert distance(run(new, x:=double(2, 4, 100, 100)), run(net, x))==0
+
 @pytest.mark.parametrize('leave', [lambda y: y.data*2, lambda y: torch.from_numpy(y.numpy()*2), lambda y: torch.tensor(y.tolist())*2])
 def test_value_that_leaves_the_graph(leave):
     net,x = randomize_norms(Fn(lambda m,x: m.norm(y:=m.conv(x))+leave(y), conv=conv(), norm=nn.BatchNorm2d(4))).double(),image()

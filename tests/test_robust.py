@@ -50,7 +50,7 @@ def unharmed(net, x, error, folder=None):
         assert state(net)==before and all(p.grad is g for p,g in zip(net.parameters(), grads))
     return came
 
-STAGES = 'trace plan_folds apply_plan Snapshot infer_sample edited run compare_runs prove run_double to_double distance other_sample copy_model'.split()
+STAGES = 'trace plan_folds apply_plan Snapshot infer_sample edited run compare_runs prove run_double to_double distance other_samples copy_model'.split()
 @pytest.mark.parametrize('error', ERRORS)
 @pytest.mark.parametrize('home,stage', [*[(fold_module,o) for o in STAGES],(nn,'Identity')])
 def test_error_at_a_stage(home, stage, error, monkeypatch):
