@@ -80,7 +80,7 @@ def memory(
     size:int, # Pixels along a side
     batch:int # Images
 ) -> dict: # A row of results, in bytes
-    """Tensor memory that a forward pass takes at its peak, and that folding in place takes.
+    """Tensor memory that a forward pass takes at its peak, its input included, and that folding in place takes.
 
     PyTorch's profiler sees every tensor that is allocated and freed, also inside kernels and in float64 copies. The model is
     built under it too, so that it knows the size of what is freed later."""
@@ -105,6 +105,7 @@ def memory(
         return peak,now
     (forward,_),(fold,held),(_,drop),(_,collect) = map(_during, ('forward','fold','drop','collect'))
     held -= after-before
+    forward += sum(o.nbytes for o in sample)
     return dict(model=name, input=[batch,3,size,size], parameters=before, edited=edited,
         forward=forward, fold=fold, ratio=fold/(edited+forward), held=held, left=held+drop, leaked=held+drop+collect)
 
@@ -155,7 +156,7 @@ def main(
     tools:str=','.join(peers),    # Tools to fold with, comma-separated
     models:str=','.join(all_models),  # torchvision models to fold, comma-separated
     size:int=224,     # Pixels along a side of the images
-    batches:str='8', # Images in the sample, comma-separated; memory is measured with the first
+    batches:str='8,64', # Images in the sample, comma-separated; memory is measured with the first. 64 is fastai's default
     turns:int=5,      # How often each measurement is taken
     threads:int=0,    # CPU threads; 0 is PyTorch's choice
     quick:store_true=False, # Only try whether it runs: two turns, small chains?

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from fastprogress import progress_bar
 from torch import nn
 from torch.utils.benchmark import Timer
-from .fold import run,run_double
+from .fold import run,run_as
 from .plan import FoldPlan
 from .trace import as_args,infer_sample,preserved,tensors_of
 
@@ -220,7 +220,7 @@ def rounding(
     "Compare the outputs of both models with each other and with a float64 run of `original`."
     a,b = run(original, sample),run(folded, sample)
     scale = _gap(a, [torch.zeros_like(t) for t in a])
-    try: exact = run_double(original, sample)
+    try: exact = run_as(original, sample)
     except Exception: return Rounding(_gap(b, a), None, None, scale) # it refuses float64, or its device has none
     return Rounding(_gap(b, a), _gap(a, exact), _gap(b, exact), scale)
 
