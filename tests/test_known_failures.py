@@ -140,6 +140,18 @@ def test_planted_wrong_rule_is_caught(monkeypatch):
     assert distance(run(new, x), run(net, x))<1e-12
     assert isinstance(new[1], nn.Identity) and isinstance(new[4], nn.BatchNorm2d) and torch.equal(new[3].weight, net[3].weight)
 
+def test_planted_wrong_rule_next_to_rounding(monkeypatch):
+    "How many numbers the first item gives is decided by rounding, and the second sample has no other item: the whole sample is proved too."
+    right = PULL['convolution']
+    monkeypatch.setitem(PULL, 'convolution', lambda op,out,a,ctx: right(op, out, a, ctx)[:1] if op.args.transposed else right(op, out, a, ctx))
+    def f(m, x):
+        y = m.norm1(m.conv(x[:1]))
+        return y[(y*2**24).round().long()%2==0],m.norm2(m.up(x[1:]))
+    net = randomize_norms(Fn(f, conv=conv(), norm1=nn.BatchNorm2d(4), up=nn.ConvTranspose2d(3, 4, 2), norm2=nn.BatchNorm2d(4)))
+    folder = BN_Folder()
+    folder.fold(net, image().float())
+    assert names_of(folder.result.folded)==['norm1'] and 'failed verification' in reason(folder.result, 'norm2')
+
 def test_control_flow_on_data():
     "What the norm sees decides what runs, so it stays."
     def f(m, x):
