@@ -410,7 +410,7 @@ def _check(self:BN_Folder, target, tests):
         if not proof.ok and proof.diff<=bound: proof.ok = True
         if not proof.ok:
             proof = self._prove(target, outs, refs, sample, eps)
-            if proof.ok and proof.own is not None and proof.own<1e-3: bound = 20*proof.own+20*eps # more would let anything pass
+            if proof.ok and proof.own is not None and proof.own<.01: bound = 20*proof.own+20*eps # more would let anything pass
         proofs.append(proof)
         if not proof.ok: break
     return max(proofs, key=lambda p: (not p.ok, p.diff))
