@@ -88,6 +88,7 @@ def memory(
         model,sample = build(name, size, batch)
         with torch.no_grad(): model(*sample) # what libraries set up once
         with record_function('forward'), torch.no_grad(): model(*sample)
+        gc.collect() # nothing older is freed while it folds
         before,folder = model_size(model),BN_Folder()
         with record_function('fold'): folder.fold(model, sample, inplace=True)
         edited = sum(v.tensor.nbytes for v in folder.result.edits if v.tensor is not None)
@@ -156,7 +157,7 @@ def main(
     tools:str=','.join(peers),    # Tools to fold with, comma-separated
     models:str=','.join(all_models),  # torchvision models to fold, comma-separated
     size:int=224,     # Pixels along a side of the images
-    batches:str='8,64', # Images in the sample, comma-separated; memory is measured with the first. 64 is fastai's default
+    batches:str='8', # Images in the sample, comma-separated; memory is measured with the first
     turns:int=5,      # How often each measurement is taken
     threads:int=0,    # CPU threads; 0 is PyTorch's choice
     quick:store_true=False, # Only try whether it runs: two turns, small chains?
