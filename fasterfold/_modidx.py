@@ -105,6 +105,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'fasterfold.fold._finite': ('fold.html#_finite', 'fasterfold/fold.py'),
                                  'fasterfold.fold._format': ('fold.html#_format', 'fasterfold/fold.py'),
                                  'fasterfold.fold._instead': ('fold.html#_instead', 'fasterfold/fold.py'),
+                                 'fasterfold.fold._jittered': ('fold.html#_jittered', 'fasterfold/fold.py'),
                                  'fasterfold.fold._largest': ('fold.html#_largest', 'fasterfold/fold.py'),
                                  'fasterfold.fold._list_buffers': ('fold.html#_list_buffers', 'fasterfold/fold.py'),
                                  'fasterfold.fold._merge': ('fold.html#_merge', 'fasterfold/fold.py'),

@@ -255,6 +255,17 @@ def test_outputs_whose_shape_hangs_on_rounding():
     proof = folder.result.proof
     assert isinstance(new[1], nn.Identity) and proof.diff==proof.own==float('inf') and proof.exact<1e-13
 
+class Steps(nn.Module):
+    def forward(self, x): return (x*2**10).round()
+
+@pytest.mark.parametrize('seed', range(20))
+def test_outputs_that_jump(seed):
+    "One number in some thousands is so near the edge of a step that rounding decides: by luck the original is right everywhere, and the folded model is not."
+    torch.manual_seed(seed)
+    net,x = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Steps())),torch.randn(2, 3, 31, 31)
+    new = BN_Folder().fold(net, x)
+    assert isinstance(new[1], nn.Identity)
+
 class Insists(nn.Module):
     "Computes in float32 and float16 whatever it is given, and writes into what it makes."
     def forward(self, x):
