@@ -403,6 +403,13 @@ def _tests(target, sample, refs):
         except Exception: pass # a model may take one batch size or image size only
     return [(sample,refs)]
 
+# %% ../nbs/04_fold.ipynb #5a1c0e21
+def _jittered(sample, eps, seed):
+    "`sample` with its numbers off by about `eps` of their size."
+    g = torch.Generator().manual_seed(seed)
+    def off(t): return (t.double()*(1+eps*torch.randn(t.shape, generator=g, dtype=torch.float64).to(t.device))).to(t.dtype)
+    return tree_map_only(Tensor, lambda t: off(t) if t.is_floating_point() else t, sample)
+
 # %% ../nbs/04_fold.ipynb #4c57da74
 @patch
 def _check(self:BN_Folder, target, tests):
@@ -428,12 +435,6 @@ def _unfolded(target, snap):
     snap.restore()
     try: yield
     finally: folded.restore()
-
-def _jittered(sample, eps, seed):
-    "`sample` with its numbers off by about `eps` of their size."
-    g = torch.Generator().manual_seed(seed)
-    def off(t): return (t.double()*(1+eps*torch.randn(t.shape, generator=g, dtype=torch.float64).to(t.device))).to(t.dtype)
-    return tree_map_only(Tensor, lambda t: off(t) if t.is_floating_point() else t, sample)
 
 @patch
 def _prove(self:BN_Folder, target, outs, refs, sample, eps):
