@@ -206,11 +206,11 @@ def run_as(
     model:nn.Module, # Any model
     sample, # What to call it with
     edits=(), # (parameter, what it held, `Affine` maps of it) for weights to compute from what they held
-    dtype:torch.dtype=torch.float64,
+    dtype:torch.dtype=torch.float64, # Of all that it holds and computes
 )->list: # The tensors it returns, in `dtype`
     "Run `model` as if all that it holds and computes were `dtype`. Of parameters no copy is kept."
     shell = copy_model(model, [*model.parameters(), *(p for p,_,_ in edits)]) # takes what the model caches
-    with _Cast(dtype, edits) as mode, _Claimed(mode.cast): return run(shell, tree_map(mode.cast, sample))
+    with _Cast(dtype, edits) as mode, _Claimed(mode.cast): return run(shell, sample)
 
 # %% ../nbs/04_fold.ipynb #e65f1dc7
 def _largest(outs, refs):

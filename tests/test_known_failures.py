@@ -126,10 +126,14 @@ def test_output_of_norm_written_later():
 
 # ---- proof
 
-def test_planted_wrong_rule_is_caught(monkeypatch):
-    "A rule that forgets the bias: the norms it spoils stay, all others go, and the model is right."
+@pytest.fixture
+def no_bias(monkeypatch):
+    "A wrong rule: it forgets the bias of a transposed convolution."
     right = PULL['convolution']
     monkeypatch.setitem(PULL, 'convolution', lambda op,out,a,ctx: right(op, out, a, ctx)[:1] if op.args.transposed else right(op, out, a, ctx))
+
+def test_planted_wrong_rule_is_caught(no_bias):
+    "The norms that the rule spoils stay, all others go, and the model is right."
     layers = conv(),nn.ConvTranspose2d(4, 4, 2),conv(4, 4),nn.ConvTranspose2d(4, 4, 2)
     net = nn.Sequential(*[m for c in layers for m in (c,nn.BatchNorm2d(4),nn.ReLU())])
     net,x = randomize_norms(net).double(),image()
@@ -140,10 +144,8 @@ def test_planted_wrong_rule_is_caught(monkeypatch):
     assert distance(run(new, x), run(net, x))<1e-12
     assert isinstance(new[1], nn.Identity) and isinstance(new[4], nn.BatchNorm2d) and torch.equal(new[3].weight, net[3].weight)
 
-def test_planted_wrong_rule_next_to_rounding(monkeypatch):
+def test_planted_wrong_rule_next_to_rounding(no_bias):
     "How many numbers the first item gives is decided by rounding, and the second sample has no other item: the whole sample is proved too."
-    right = PULL['convolution']
-    monkeypatch.setitem(PULL, 'convolution', lambda op,out,a,ctx: right(op, out, a, ctx)[:1] if op.args.transposed else right(op, out, a, ctx))
     def f(m, x):
         y = m.norm1(m.conv(x[:1]))
         return y[(y*2**24).round().long()%2==0],m.norm2(m.up(x[1:]))
