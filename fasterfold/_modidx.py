@@ -359,6 +359,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fasterfold.trace._Spelled.__torch_function__': ( 'trace.html#_spelled.__torch_function__',
                                                                                     'fasterfold/trace.py'),
                                   'fasterfold.trace._add_absent': ('trace.html#_add_absent', 'fasterfold/trace.py'),
+                                  'fasterfold.trace._bare': ('trace.html#_bare', 'fasterfold/trace.py'),
                                   'fasterfold.trace._candidates': ('trace.html#_candidates', 'fasterfold/trace.py'),
                                   'fasterfold.trace._draw': ('trace.html#_draw', 'fasterfold/trace.py'),
                                   'fasterfold.trace._hook_name': ('trace.html#_hook_name', 'fasterfold/trace.py'),

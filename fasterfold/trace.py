@@ -8,6 +8,7 @@ __all__ = ['FoldError', 'Value', 'Op', 'Call', 'Graph', 'as_args', 'tensors_of',
 
 # %% ../nbs/01_trace.ipynb #a7c91817
 import copy, gc, random, numpy as np, torch, torch.nn.functional as F
+from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -473,13 +474,17 @@ class _Detached(TorchFunctionMode):
             return res
         return func(*args, **(kwargs or {}))
 
+def _bare(model):
+    "Copies of the empty containers of all modules, by id: one by one they are half the time of `deepcopy`."
+    return {id(v):type(v)() for m in model.modules() for v in vars(m).values() if type(v) in (dict,OrderedDict,set) and not v}
+
 @growing()
 def copy_model(
     model:nn.Module, # The model, in any mode
     shared=(), # Tensors of it that are not copied
 )->nn.Module: # A deep copy that shares no other tensor with it
     "Deep copy of `model`, also where it keeps tensors with history, as trained `DynamicUnet`s do."
-    def copied(): return copy.deepcopy(model, {id(t):t for t in shared})
+    def copied(): return copy.deepcopy(model, _bare(model) | {id(t):t for t in shared})
     try: return copied()
     except RuntimeError: # a tensor with history
         with _Detached(): return copied()
