@@ -157,7 +157,7 @@ def main(
     tools:str=','.join(peers),    # Tools to fold with, comma-separated
     models:str=','.join(all_models),  # torchvision models to fold, comma-separated
     size:int=224,     # Pixels along a side of the images
-    batches:str='8', # Images in the sample, comma-separated; memory is measured with the first
+    batches:str='8,32', # Images in the sample, comma-separated; memory is measured with the first
     turns:int=5,      # How often each measurement is taken
     threads:int=0,    # CPU threads; 0 is PyTorch's choice
     quick:store_true=False, # Only try whether it runs: two turns, small chains?

@@ -27,7 +27,7 @@ from peers import Peer, load_peers, peers
 
 root = Path(__file__).parents[1]
 work = root/'benchmarks'/'.zoo'   # The log of what has been measured, and the sizes of timm's models
-cpu_secs,gigabytes,patience = 300,10,4 # Limits of one step; wall time may be `patience` times the CPU time
+cpu_secs,gigabytes,patience = 300,20,4 # Limits of one step; wall time may be `patience` times the CPU time
 wrong_above = 1e-6 # Relative error in float64 from which a fold is wrong; that of a right one is near 1e-13
 
 # ---- The models
