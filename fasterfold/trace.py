@@ -475,7 +475,7 @@ class _Detached(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 def _bare(model):
-    "Copies of the empty containers of all modules, by id: one by one they are half the time of `deepcopy`."
+    "Copies of the empty containers of all modules, by id: one by one they take a third of the time of `deepcopy`."
     return {id(v):type(v)() for m in model.modules() for v in vars(m).values() if type(v) in (dict,OrderedDict,set) and not v}
 
 @growing()
