@@ -245,9 +245,8 @@ def prove(
     growth = max(rounding/unit, 1) if rounding<float('inf') else 1
     tol = max(1e-10, 1e3*torch.finfo(torch.float64).eps*growth)
     def close(): return near<=max(tol, 10*own+10*eps)
-    for o in draws:
-        if close() or struct>tol: break
-        own = max(own, distance(o, exact))
+    draws = iter(draws)
+    while struct<=tol and not close() and (o := next(draws, None)) is not None: own = max(own, distance(o, exact))
     ok = struct<=tol and close() and distance(again, refs)<=10*eps
     return Proof(distance(outs, refs), _largest(outs, refs), own, near, struct, ok)
 
