@@ -80,11 +80,12 @@ class Affine:
 
     def __post_init__(self): assert self.scale.dim()==self.shift.dim()
     def __repr__(self): return f"Affine(scale {tuple(self.scale.shape)}, shift {tuple(self.shift.shape)})"
-    def __call__(self, x):
-        y = x*self.scale
+    def __call__(self, x, out=None):
+        y = torch.mul(x, self.scale, out=out)
         return y.add_(self.shift) if self.shifts else y
     def __matmul__(self, other): return Affine(self.scale*other.scale, self.scale*other.shift + self.shift).collapse()
     def __eq__(self, other):
+        if self is other: return True
         if not isinstance(other, Affine) or self.rank!=other.rank: return False
         return bool((self.scale==other.scale).all() and (self.shift==other.shift).all())
     __hash__ = None

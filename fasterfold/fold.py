@@ -67,11 +67,15 @@ def edited(
     dtype:torch.dtype=None, # Of the result; None for that of `p`
 )->Tensor: # In the device and memory format of `p`
     "`p` after all `maps`, computed in float64 and rounded once."
-    new,n = torch.empty_like(p, dtype=dtype),max(1, 2**16*torch.get_num_threads()*len(p)//max(p.numel(), 1)) if p.dim() else 1 # as much as caches hold
-    for i in range(0, len(p) if p.dim() else 1, n):
-        t = (p[i:i+n] if p.dim() else p).to('cpu', torch.float64)
-        for a in maps: t = a.rows(i, n)(t)
-        _round_to(new[i:i+n] if p.dim() else new, t)
+    new = torch.empty_like(p, dtype=dtype)
+    src,out = (t if t.dim() else t[None] for t in (p,new))
+    n = max(1, 2**16*torch.get_num_threads()*len(src)//max(src.numel(), 1)) # as many rows as caches hold
+    wide = torch.empty_like(src[:n], dtype=torch.float64, device='cpu')
+    for i in range(0, len(src), n):
+        rows = src[i:i+n]
+        t = wide[:len(rows)].copy_(rows)
+        for a in maps: a.rows(i, n)(t, out=t)
+        _round_to(out[i:i+n], t)
     return new
 
 # %% ../nbs/04_fold.ipynb #279f6a4a
@@ -181,6 +185,7 @@ class _Cast(TorchDispatchMode):
         return self.done[t]
 
     def cast(self, a):
+        if self.casting: return a
         if isinstance(a, torch.dtype): return self.dtype if a.is_floating_point else a
         if not isinstance(a, Tensor) or not a.is_floating_point(): return a
         self.casting = True # its own operations are none of the model's
@@ -252,9 +257,9 @@ def prove(
 
 # %% ../nbs/04_fold.ipynb #d2c844ea
 def _smaller(t):
-    "Images at about half their size if they are large: a view."
+    "Images at about a quarter of their size if they are large: a view."
     if t.dim()<4 or not t.is_floating_point(): return t
-    h,w = (max(64, -(-s//64)*32) for s in t.shape[-2:])
+    h,w = (max(64, -(-s//128)*32) for s in t.shape[-2:])
     return t[...,:h,:w]
 
 def other_samples(

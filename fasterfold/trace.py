@@ -7,7 +7,7 @@ __all__ = ['FoldError', 'Value', 'Op', 'Call', 'Graph', 'as_args', 'tensors_of',
            'trace', 'unwrap', 'check_model', 'infer_sample', 'copy_model']
 
 # %% ../nbs/01_trace.ipynb #a7c91817
-import copy, gc, random, numpy as np, torch, torch.nn.functional as F
+import copy, gc, random, weakref, numpy as np, torch, torch.nn.functional as F
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +17,6 @@ from torch.nn.modules.module import register_module_forward_pre_hook, register_m
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
-from torch.utils.weak import WeakIdKeyDictionary
 from fastcore.basics import AttrDict, patch
 
 # %% ../nbs/01_trace.ipynb #23844163
@@ -141,13 +140,14 @@ def preserved(
 ):
     "Run `model` in eval mode without gradients; modes, buffers and RNG state are as before afterwards."
     modes = [(m, m.training) for m in model.modules()]
-    buffers = [(m, k, b, b._version, b.clone()) for m in model.modules() for k,b in m._buffers.items() if b is not None]
+    buffers = [(m, k, b, b._version, b.clone()) for m,_ in modes for k,b in m._buffers.items() if b is not None]
     rng = _rng_state()
     try:
-        model.eval()
+        if any(training for _,training in modes): model.eval()
         with torch.no_grad(): yield
     finally:
-        for m,training in modes: m.training = training
+        for m,training in modes:
+            if m.training!=training: m.training = training
         for m,k,b,version,saved in buffers:
             m._buffers[k] = b
             if b._version!=version:
@@ -169,10 +169,10 @@ def user_hooks(
 # %% ../nbs/01_trace.ipynb #24d6aba0
 @lru_cache(None)
 def _schema(func):
-    "Argument names with defaults, names of the arguments written to, and name of an ATen operation."
+    "Default of each argument, names of the arguments written to, and name of an ATen operation."
     args,name = func._schema.arguments,func._schema.name.split('::')[-1]
     writes = [a.name for a in args if a.alias_info is not None and a.alias_info.is_write]
-    return [(a.name, a.default_value if a.has_default_value() else None) for a in args], writes, name.removesuffix('_')
+    return {a.name:a.default_value if a.has_default_value() else None for a in args}, writes, name.removesuffix('_')
 
 def _storage(t):
     try: return t.untyped_storage()._cdata
@@ -192,6 +192,15 @@ class _Spelled(TorchFunctionMode):
             x = x.index_select(-1-i, torch.arange(-pad[2*i], n+pad[2*i+1], device=x.device)%n)
         return x
 
+# %% ../nbs/01_trace.ipynb #5a1c0e32
+class _Known:
+    "What is known of tensors, while they live."
+    def __init__(self): self.items = {}
+    def get(self, t):
+        ref,v = self.items.get(id(t), (None,None))
+        return v if ref is not None and ref() is t else None
+    def put(self, t, v): self.items[id(t)] = weakref.ref(t),v
+
 # %% ../nbs/01_trace.ipynb #ed85277f
 class Tracer(TorchDispatchMode):
     "Record the forward pass of `model` that runs inside it as `self.graph`."
@@ -203,16 +212,16 @@ class Tracer(TorchDispatchMode):
         sample=(), # What it will be called with
     ):
         super().__init__()
-        self.graph,self.known,self.stack = Graph(),WeakIdKeyDictionary(),[] # `stack`: the module calls we are in
+        self.graph,self.known,self.stack = Graph(),_Known(),[] # `stack`: the module calls we are in
         self.stores,self.written = 0,{} # how many storages there are, and the last write to each
         for name,m in model.named_modules(remove_duplicate=False): self.graph.modules.setdefault(m, []).append(name)
         self._add_leaves(param=model.named_parameters(remove_duplicate=False), buffer=model.named_buffers(remove_duplicate=False))
         for t in tree_flatten(sample)[0]:
-            if isinstance(t, Tensor) and t not in self.known: self.graph.inputs.append(self._add(t, 'input'))
+            if isinstance(t, Tensor) and self.known.get(t) is None: self.graph.inputs.append(self._add(t, 'input'))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs,(names,writes,name) = kwargs or {},_schema(func)
-        given = {k: args[i] if i<len(args) else kwargs.get(k, default) for i,(k,default) in enumerate(names)}
+        kwargs,(defaults,writes,name) = kwargs or {},_schema(func)
+        given = defaults | dict(zip(defaults, args)) | kwargs
         bound,inputs,stores = self._bind(given)
         out = func(*args, **kwargs)
         self._made(self._op(func, name, bound, inputs), out, given, writes, stores)
@@ -224,7 +233,8 @@ def _add(self:Tracer, t, kind, store=None, **kw):
     "A new value for the tensor `t`, in a new storage if `store` is None."
     if store is None: store = self.stores = self.stores+1
     n = len(self.graph.ops) if kind=='op' else 0
-    self.known[t] = v = Value(n if kind=='op' else -1, tuple(t.shape), t.dtype, kind, store, time=n-1, **kw)
+    v = Value(n if kind=='op' else -1, tuple(t.shape), t.dtype, kind, store, time=n-1, **kw)
+    self.known.put(t, v)
     return v
 
 @patch
@@ -232,7 +242,8 @@ def _add_leaves(self:Tracer, **named):
     shared = {}
     for kind,pairs in named.items():
         for name,t in pairs:
-            if t in self.known: self.known[t].names += (name,)
+            v = self.known.get(t)
+            if v is not None: v.names += (name,)
             else:
                 v = self._add(t, kind, shared.get(_storage(t)), tensor=t, names=(name,), const=True)
                 shared[_storage(t)] = v.store
@@ -300,20 +311,20 @@ def _enter_module(self:Tracer, m, args):
     if call.parent is not None: call.parent.children.append(call)
     self.graph.calls.append(call)
     self.stack.append(call)
-    self._watch(m, ins)
+    self._watch(m, args)
 
 @patch
 def _exit_module(self:Tracer, m, args, out):
     call = self.stack.pop()
     while call.module is not m: call = self.stack.pop() # calls that ended in an exception the model caught
     if isinstance(out, Tensor): call.out = self.value(out)
-    self._watch(m, [self.value(t) for t in tensors_of(out)] if user_hooks(m) else [])
+    self._watch(m, out)
 
 @patch
-def _watch(self:Tracer, m, vals):
-    "Note on the values `vals` that the hooks of `m` see them."
+def _watch(self:Tracer, m, seen):
+    "Note on the values among what is `seen` by the hooks of `m` that they see them."
     for h in user_hooks(m):
-        for v in vals: v.hooks.append(f"a hook ({h}) on `{self.graph.modules.get(m, ['?'])[0] or 'the model'}`")
+        for t in tensors_of(seen): self.value(t).hooks.append(f"a hook ({h}) on `{self.graph.modules.get(m, ['?'])[0] or 'the model'}`")
 
 # %% ../nbs/01_trace.ipynb #a64a900e
 @patch
@@ -474,9 +485,18 @@ class _Detached(TorchFunctionMode):
             return res
         return func(*args, **(kwargs or {}))
 
-def _bare(model):
-    "Copies of the empty containers of all modules, by id: one by one they take a third of the time of `deepcopy`."
-    return {id(v):type(v)() for m in model.modules() for v in vars(m).values() if type(v) in (dict,OrderedDict,set) and not v}
+_as_is,_containers = (int,float,bool,str,type(None)),(dict,OrderedDict,set)
+
+def _copied(model, memo):
+    "`deepcopy` of `model`, of whose attributes most are plain values and empty containers, which need no search."
+    hows = '__deepcopy__','__reduce__','__reduce_ex__','__getstate__'
+    plain = [m for m in model.modules() if all(getattr(type(m), k, None) is getattr(nn.Module, k, None) for k in hows)]
+    def value(v):
+        if type(v) in _as_is: return v
+        return memo.setdefault(id(v), type(v)()) if type(v) in _containers and not v else copy.deepcopy(v, memo)
+    for m in plain: memo[id(m)] = type(m).__new__(type(m))
+    for m in reversed(plain): memo[id(m)].__setstate__({k: value(v) for k,v in m.__reduce_ex__(4)[2].items()}) # children first
+    return copy.deepcopy(model, memo)
 
 @growing()
 def copy_model(
@@ -484,7 +504,7 @@ def copy_model(
     shared=(), # Tensors of it that are not copied
 )->nn.Module: # A deep copy that shares no other tensor with it
     "Deep copy of `model`, also where it keeps tensors with history, as trained `DynamicUnet`s do."
-    def copied(): return copy.deepcopy(model, _bare(model) | {id(t):t for t in shared})
-    try: return copied()
+    memo = {id(t):t for t in shared}
+    try: return _copied(model, memo.copy())
     except RuntimeError: # a tensor with history
-        with _Detached(): return copied()
+        with _Detached(): return _copied(model, memo)
