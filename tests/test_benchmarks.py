@@ -19,14 +19,15 @@ def measured(script, out, *args):
     return json.loads(out.read_text(), parse_constant=_constant), out.with_suffix('.md').read_text()
 
 def test_fold(tmp_path):
-    res,page = measured('fold', tmp_path/'fold.json', '--models', 'resnet18', '--size', '32', '--batches', '1')
+    res,page = measured('fold', tmp_path/'fold.json', '--models', 'resnet18', '--size', '32', '--batches', '1', '--tools', 'torch.fx,fasterfold')
     assert res['environment']['threads']==1 and 'torch' in res['environment']['releases']
     (speed,),(memory,),(depth,),(width,) = (res[k] for k in ('speed','memory','depth','width'))
     assert speed['model']==memory['model']=='resnet18' and speed['norms']==20
-    assert set(speed['seconds'])=={'fasterfold','fasterfold in place','fasterfold without proof','run original','run folded'}
+    assert set(speed['seconds'])=={'torch.fx','fasterfold','fasterfold in place','fasterfold without proof','run original','run folded'}
+    assert speed['fastest']=='torch.fx' and set(speed['against'])=={'torch.fx','fasterfold'} and len(speed['ratio'])==3
     assert memory['leaked']==0 < memory['held'] <= memory['fold'] and 0<memory['edited']<=memory['parameters']
     assert depth['depth']==100 and width['width']==64
-    assert '| resnet18 | 1 | 20 |' in page
+    assert '| resnet18 | 1 | 20 |' in page and 'with a batch of 1' in page
 
 def test_validation(tmp_path):
     out = tmp_path/'validation.json'
