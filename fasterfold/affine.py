@@ -18,7 +18,7 @@ def collapse(
 )->Tensor: # The same numbers, with size 1 in every dimension along which they do not change
     "Shrink to size 1 every dimension along which `t` is constant."
     for d,n in enumerate(t.shape):
-        if n>1 and (t.stride(d)==0 or bool((t==t.narrow(d, 0, 1)).all())): t = t.narrow(d, 0, 1)
+        if n>1 and (t.stride(d)==0 or torch.equal(t, t.narrow(d, 0, 1).expand_as(t))): t = t.narrow(d, 0, 1)
     return t
 
 # %% ../nbs/00_affine.ipynb #763b982c
@@ -95,7 +95,7 @@ class Affine:
     @property
     def shape(self): return tuple(n if m==1 else m for m,n in zip(self.scale.shape, self.shift.shape))
     @property
-    def shifts(self): return bool((self.shift!=0).any())
+    def shifts(self): return bool(self.shift.any())
     @property
     def scales(self): return bool((self.scale!=1).any())
     def map(self, f): return Affine(f(self.scale), f(self.shift)).collapse()

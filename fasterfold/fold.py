@@ -15,7 +15,7 @@ from fastcore.basics import patch, store_attr
 from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.benchmark import Timer
 from torch.utils.weak import WeakIdKeyDictionary
 from .plan import FoldPlan, plan_folds
@@ -186,6 +186,7 @@ class _Cast(TorchDispatchMode):
 
     def cast(self, a):
         if self.casting: return a
+        if type(a) in (list,tuple): return type(a)(map(self.cast, a))
         if isinstance(a, torch.dtype): return self.dtype if a.is_floating_point else a
         if not isinstance(a, Tensor) or not a.is_floating_point(): return a
         self.casting = True # its own operations are none of the model's
@@ -193,8 +194,7 @@ class _Cast(TorchDispatchMode):
         finally: self.casting = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if self.casting: return func(*args, **(kwargs or {}))
-        return func(*tree_map(self.cast, args), **tree_map(self.cast, kwargs or {}))
+        return func(*self.cast(args), **{k: self.cast(a) for k,a in (kwargs or {}).items()})
 
 class _Claimed(TorchFunctionMode):
     "Functions get tensors of one dtype before they check that dtypes agree, and tensors say that they have it."
@@ -205,7 +205,7 @@ class _Claimed(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func==_dtype: return self.cast(func(*args))
         if func.__name__=='__get__': return func(*args)
-        return func(*tree_map(self.cast, args), **tree_map(self.cast, kwargs or {}))
+        return func(*self.cast(args), **{k: self.cast(a) for k,a in (kwargs or {}).items()})
 
 def run_as(
     model:nn.Module, # Any model
