@@ -46,6 +46,10 @@ class Proof64(TorchDispatchMode):
 
 ours = 'fasterfold','fasterfold in place','fasterfold without proof'
 
+def once(t):
+    "A `Measurement` of a single run, after one to warm up: `timeit(1)` warms up with two"
+    return t.blocked_autorange(min_run_time=0)
+
 def checked(
     fold # As in `peers.py`, for a tool that proves nothing
 ): # The same, and the two forward passes with which its user checks it
@@ -74,13 +78,13 @@ def speed(
         timers[ours[1]] = _fold(lambda m,s: BN_Folder().fold(m, s, inplace=True))
         timers[ours[2]] = _fold(lambda m,s: BN_Folder(verify=False).fold(m, s))
     timers.update({'run original': _run(model), 'run folded': _run(folded)})
-    with torch.no_grad(): res = in_turns(timers, turns, lambda t: t.timeit(1), tick)
+    with torch.no_grad(): res = in_turns(timers, turns, once, tick)
     row = dict(model=name, input=[batch,3,size,size], parameters=count_parameters(model), norms=folder.result.calls,
         proof='float64' if double.seen else 'own dtype', seconds={k: stats(o) for k,o in res.items()})
     best = min((k for k in tools if k!=ours[0]), key=lambda k: row['seconds'][k]['median'], default=None)
     if best is None or ours[0] not in tools: return row | dict(fastest=best, against={}, ratio=None)
     pair = {ours[0]: timers[ours[0]], best: _fold(checked(tools[best].fold))}
-    with torch.no_grad(): both = in_turns(pair, turns, lambda t: t.timeit(1), tick)
+    with torch.no_grad(): both = in_turns(pair, turns, once, tick)
     return row | dict(fastest=best, against={k: stats(o) for k,o in both.items()}, ratio=ratio(times(both[ours[0]]), times(both[best])))
 
 # ---- Memory
@@ -130,7 +134,7 @@ def growth(
     "Fold plain chains of several sizes in turns"
     built = [chain(*o) for o in chains]
     timers = {o: timer('fold(*built)', fold=BN_Folder().fold, built=b) for o,b in zip(chains, built)}
-    res = in_turns(timers, turns, lambda t: t.timeit(1), tick)
+    res = in_turns(timers, turns, once, tick)
     def _row(o, b):
         per_norm = [t/o[0] for t in times(res[o])]
         first = [t/chains[0][0] for t in times(res[chains[0]])]

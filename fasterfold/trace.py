@@ -306,12 +306,13 @@ def _made(self:Tracer, op, out, given, writes, stores):
 # %% ../nbs/01_trace.ipynb #adce3fd4
 @patch
 def _enter_module(self:Tracer, m, args):
-    ins = [self.value(t) for t in args if isinstance(t, Tensor)]
+    given = [t for t in args if isinstance(t, Tensor)]
+    ins = [self.value(t) for t in given]
     call = Call(m, self.graph.modules.get(m, [None])[0], self.stack[-1] if self.stack else None, ins=ins)
     if call.parent is not None: call.parent.children.append(call)
     self.graph.calls.append(call)
     self.stack.append(call)
-    self._watch(m, args)
+    self._watch(m, given)
 
 @patch
 def _exit_module(self:Tracer, m, args, out):
