@@ -81,6 +81,7 @@ class Affine:
     def __post_init__(self): assert self.scale.dim()==self.shift.dim()
     def __repr__(self): return f"Affine(scale {tuple(self.scale.shape)}, shift {tuple(self.shift.shape)})"
     def __call__(self, x, out=None):
+        "The map of `x`: a new tensor, or `out`, which may be `x`."
         y = torch.mul(x, self.scale, out=out)
         return y.add_(self.shift) if self.shifts else y
     def __matmul__(self, other): return Affine(self.scale*other.scale, self.scale*other.shift + self.shift).collapse()

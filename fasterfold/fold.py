@@ -187,14 +187,14 @@ class _Cast(TorchDispatchMode):
     def cast(self, a):
         if self.casting: return a
         if type(a) in (list,tuple): return type(a)(map(self.cast, a))
+        if type(a) is dict: return {k: self.cast(v) for k,v in a.items()}
         if isinstance(a, torch.dtype): return self.dtype if a.is_floating_point else a
         if not isinstance(a, Tensor) or not a.is_floating_point(): return a
         self.casting = True # its own operations are none of the model's
         try: return self._tensor(a)
         finally: self.casting = False
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*self.cast(args), **{k: self.cast(a) for k,a in (kwargs or {}).items()})
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None): return func(*self.cast(args), **self.cast(kwargs or {}))
 
 class _Claimed(TorchFunctionMode):
     "Functions get tensors of one dtype before they check that dtypes agree, and tensors say that they have it."
@@ -205,7 +205,7 @@ class _Claimed(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func==_dtype: return self.cast(func(*args))
         if func.__name__=='__get__': return func(*args)
-        return func(*self.cast(args), **{k: self.cast(a) for k,a in (kwargs or {}).items()})
+        return func(*self.cast(args), **self.cast(kwargs or {}))
 
 def run_as(
     model:nn.Module, # Any model

@@ -323,7 +323,7 @@ def _exit_module(self:Tracer, m, args, out):
 
 @patch
 def _watch(self:Tracer, m, seen):
-    "Note on the values among what is `seen` by the hooks of `m` that they see them."
+    "Note on the tensors in `seen`, which `m` got or returned, that its hooks see them."
     for h in user_hooks(m):
         for t in tensors_of(seen): self.value(t).hooks.append(f"a hook ({h}) on `{self.graph.modules.get(m, ['?'])[0] or 'the model'}`")
 
