@@ -7,8 +7,8 @@ __all__ = ['collapse', 'view_groups', 'reshape_map', 'Affine', 'reshaped', 'perm
            'unbroadcast', 'norm_affine']
 
 # %% ../nbs/00_affine.ipynb #9752f642
+import math, torch
 from dataclasses import dataclass
-import torch
 from torch import Tensor
 from fastcore.basics import patch
 
@@ -96,7 +96,7 @@ class Affine:
     @property
     def shape(self): return tuple(n if m==1 else m for m,n in zip(self.scale.shape, self.shift.shape))
     @property
-    def shifts(self): return bool(self.shift.any())
+    def shifts(self): return bool(self.shift.count_nonzero())
     @property
     def scales(self): return bool((self.scale!=1).any())
     def map(self, f): return Affine(f(self.scale), f(self.shift)).collapse()
@@ -112,7 +112,7 @@ def linear(self:Affine):
 def is_identity(self:Affine): return not self.shifts and not self.scales
 
 @patch(as_prop=True)
-def finite(self:Affine): return bool(self.scale.isfinite().all() and self.shift.isfinite().all())
+def finite(self:Affine): return all(math.isfinite(n) for t in (self.scale,self.shift) for n in t.aminmax())
 
 # %% ../nbs/00_affine.ipynb #e70265f2
 @patch

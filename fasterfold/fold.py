@@ -7,7 +7,7 @@ __all__ = ['Snapshot', 'edited', 'apply_plan', 'Proof', 'distance', 'run', 'to_d
            'other_samples', 'BN_Folder']
 
 # %% ../nbs/04_fold.ipynb #1a84c96c
-import re, torch
+import math, re, torch
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -31,7 +31,7 @@ class Snapshot:
         model:nn.Module, # The model about to be changed
     ):
         self.modules = [(m, m.__class__, dict(vars(m)), _containers(m)) for m in model.modules()]
-        self.grads = [(p, p.requires_grad) for p in model.parameters()]
+        self.grads = [(p, p.requires_grad) for m,*_ in self.modules for p in m._parameters.values() if p is not None]
         self.datas,self.edits = [],[] # (tensor, what it held), and (parameter, what it held, its maps)
 
     def swap(self,
@@ -69,26 +69,28 @@ def edited(
     "`p` after all `maps`, computed in float64 and rounded once."
     new = torch.empty_like(p, dtype=dtype)
     src,out = (t if t.dim() else t[None] for t in (p,new))
-    n = max(1, 2**16*torch.get_num_threads()*len(src)//max(src.numel(), 1)) # as many rows as caches hold
+    n = max(1, 2**16*torch.get_num_threads()*src.shape[0]//max(src.numel(), 1)) # as many rows as caches hold
     wide = torch.empty_like(src[:n], dtype=torch.float64, device='cpu')
-    for i in range(0, len(src), n):
+    for i in range(0, src.shape[0], n):
         rows = src[i:i+n]
-        t = wide[:len(rows)].copy_(rows)
+        t = wide[:rows.shape[0]].copy_(rows)
         for a in maps: a.rows(i, n)(t, out=t)
         _round_to(out[i:i+n], t)
     return new
 
 # %% ../nbs/04_fold.ipynb #279f6a4a
 def _finite(t):
-    if not t.numel() or t.sum().isfinite(): return True # a sum is read faster, but may overflow where no element did
-    return bool(torch.stack(torch.aminmax(t)).isfinite().all())
+    if not t.numel() or math.isfinite(t.sum()): return True # a sum is read faster, but may overflow where no element did
+    return all(map(math.isfinite, t.aminmax()))
 
-def _write(model, snap, v, maps):
-    "Give the parameter of `model` that belongs to leaf value `v` its `maps`, or make it."
+def _by_name(model): return dict(model.named_modules(remove_duplicate=False))
+
+def _write(modules, snap, v, maps):
+    "Give the parameter in `modules` that belongs to leaf value `v` its `maps`, or make it."
     owner,_,name = v.names[0].rpartition('.')
-    m = model.get_submodule(owner)
+    m = modules[owner]
     p = m._parameters.get(name) if name in m._parameters else m._buffers.get(name)
-    ref = p if p is not None else next(q for q in chain(m.parameters(), m.buffers(), model.parameters(), model.buffers()) if q.is_floating_point())
+    ref = p if p is not None else next(q for o in (m,modules['']) for q in chain(o.parameters(), o.buffers()) if q.is_floating_point())
     old = torch.full(v.shape, v.fill, dtype=ref.dtype, device=ref.device) if p is None else p.detach()
     new = edited(old, maps)
     if not _finite(new) and _finite(old): raise OverflowError(v)
@@ -97,15 +99,15 @@ def _write(model, snap, v, maps):
     snap.edits.append((p, old, maps))
 
 # %% ../nbs/04_fold.ipynb #61384543
-def _instead(model, graph, m, stay):
+def _instead(modules, graph, m, stay):
     "What takes the place of the norm `m`, of whose children `stay` remain."
-    keep = [model.get_submodule(graph.modules[s][0]) for s in stay]
+    keep = [modules[graph.modules[s][0]] for s in stay]
     return keep[0] if len(keep)==1 else (nn.Sequential(*keep) if keep else nn.Identity()).train(m.training)
 
-def _put(model, names, new):
+def _put(modules, names, new):
     for name in names:
         parent,_,child = name.rpartition('.')
-        model.get_submodule(parent)._modules[child] = new
+        modules[name] = modules[parent]._modules[child] = new
 
 @growing()
 def apply_plan(
@@ -114,10 +116,10 @@ def apply_plan(
     plan:FoldPlan, # What to do
 )->Snapshot: # To go back with
     "Edit `model` in place as `plan` says. On any exception the model is as it was; `OverflowError` names a weight that its dtype cannot hold."
-    snap = Snapshot(model)
+    snap,modules = Snapshot(model),_by_name(model)
     try:
-        for v,maps in plan.edits.items(): _write(model, snap, v, maps)
-        for m,stay in plan.removed.items(): _put(model, graph.modules[m], _instead(model, graph, m, stay))
+        for v,maps in plan.edits.items(): _write(modules, snap, v, maps)
+        for m,stay in plan.removed.items(): _put(modules, graph.modules[m], _instead(modules, graph, m, stay))
     except BaseException:
         snap.restore()
         raise
@@ -370,42 +372,59 @@ def _back(self:BN_Folder):
 
 # %% ../nbs/04_fold.ipynb #b1a68203
 @patch
-def _try(self:BN_Folder, target, graph, exclude):
-    "Plan and apply; norms whose weights would overflow go to `exclude`, with the reason."
+def _try(self:BN_Folder, target, graph, exclude, plan=None):
+    "Plan, unless that is done, and apply; norms whose weights would overflow go to `exclude`, with the reason."
     while True:
-        plan = plan_folds(graph, exclude)
+        plan = plan or plan_folds(graph, exclude)
         try: self._undo = [apply_plan(target, graph, plan)]
         except OverflowError as e:
             v = e.args[0]
-            exclude[plan.sources[v][-1]] = f"`{v.names[0]}` would overflow {str(v.dtype).removeprefix('torch.')}"
+            exclude[plan.sources[v][-1]],plan = f"`{v.names[0]}` would overflow {str(v.dtype).removeprefix('torch.')}",None
         else: return plan
 
+@patch
+def _proved(self:BN_Folder, target, graph, exclude, tests, plan=None):
+    "Fold as `graph` says. The plan, or None if that cannot be proved: then nothing is folded."
+    plan = self._try(target, graph, exclude, plan)
+    if plan.folded and tests:
+        plan.proof = self._check(target, tests)
+        if not plan.proof.ok: return self._back()
+    self._last = target,graph,exclude
+    return plan
+
+# %% ../nbs/04_fold.ipynb #5a1c0e32
 @patch
 def _fold(self:BN_Folder, target, sample):
     "Fold `target` in place; returns the plan."
     if self.merge_branches: _merge(target, sample)
-    graph,exclude = trace(target, sample),{}
-    tests = _tests(target, sample, graph.results) if self.verify else []
-    while True:
-        plan = self._try(target, graph, exclude)
-        if not plan.folded or not tests: break
-        plan.proof = self._check(target, tests)
-        if plan.proof.ok: break
-        self._back()
-        self._blame(target, graph, exclude, tests)
-    self._last = target,graph,exclude
-    if self.strip_dropout: _strip(target, graph)
+    others = _other(target, sample) if self.verify else []
+    plan = next((self._at_once(target, sample, *o) for o in others), None)
+    if plan is None:
+        graph,exclude = trace(target, sample),{}
+        tests = [(s,g.results) for s,g in [*others,(sample,graph)] if self.verify]
+        while (plan := self._proved(target, graph, exclude, tests)) is None: self._blame(target, graph, exclude, tests)
+    if self.strip_dropout: _strip(target, self._last[1])
     if self.channels_last:
         self._undo.append(Snapshot(target)) # of the folded weights: the last to change is the first to go back
         self.formats = _format(target, sample, self._undo[-1], self.channels_last=='auto')
     return plan
 
-def _tests(target, sample, refs):
-    "Samples and what the original returns for them, the cheapest first."
+def _other(target, sample):
+    "The first of the other samples on which the original runs, with its trace; empty if there is none."
     for other in other_samples(sample):
-        try: return [(other, run(target, other)), (sample,refs)]
+        try: return [(other, trace(target, other))]
         except Exception: pass # a model may take one batch size or image size only
-    return [(sample,refs)]
+    return []
+
+@patch
+def _at_once(self:BN_Folder, target, sample, other, graph):
+    "Fold as the trace of another sample says, if all norms go. The plan, or None, with nothing folded."
+    plan,exclude = plan_folds(graph),{}
+    if plan.kept or not plan.folded: return None
+    try: refs = run(target, sample)
+    except Exception: return None
+    plan = self._proved(target, graph, exclude, [(other,graph.results), (sample,refs)], plan)
+    return self._back() if exclude else plan
 
 # %% ../nbs/04_fold.ipynb #5a1c0e21
 def _jittered(sample, eps, seed):
@@ -475,8 +494,9 @@ def _blame(self:BN_Folder, target, graph, exclude, tests):
 _drop = re.compile('Drop|StochasticDepth')
 
 def _strip(target, graph):
+    modules = _by_name(target)
     for c in graph.calls:
-        if c.name and _drop.search(type(c.module).__name__) and c.ins==[c.out]: _put(target, graph.modules[c.module], nn.Identity().train(c.module.training))
+        if c.name and _drop.search(type(c.module).__name__) and c.ins==[c.out]: _put(modules, graph.modules[c.module], nn.Identity().train(c.module.training))
 
 # %% ../nbs/04_fold.ipynb #5a1c0e06
 def _merge_branches(model):

@@ -105,7 +105,7 @@ def affine(self:NormCall, ctx):
         if not ins: continue
         if any(v not in maps for v in ins): return None
         found = constant_map(o, ctx)
-        if found is not None: maps[o.out] = found[1]@maps[found[0]]
+        if found is not None: maps[o.out] = found[1] if found[0] is self.x else found[1]@maps[found[0]]
         else:
             outs,asks = push_through(o, {ins[0]:maps[ins[0]]}, ctx)
             if asks: return None
@@ -439,18 +439,17 @@ def _read_norm(call, n, ctx):
     return None, f"`batch_norm` is called as a function in `{type(call.module).__name__}.forward`, which cannot be edited" if n else None
 
 def find_norms(
-    graph:Graph, # A traced forward pass
+    planner:Planner, # Of a traced forward pass, before any fold
 )->tuple: # Norm module to its calls, and kept norms that have no calls to fold
     "The norms of a trace, by module."
-    norms,broken,ctx = {},{},Context(Planner(graph).read)
+    graph,norms,broken,ctx = planner.graph,{},{},Context(planner.read)
     for call in graph.calls:
         m,n = call.module,sum('batch_norm' in o.name and any(not v.const for v in o.inputs) for o in call.ops)
         c,why = _read_norm(call, n, ctx)
         if c is not None: norms.setdefault(m, []).append(c)
         elif why: broken.setdefault(m, Kept(call.name or '', why, 0)).calls += n
-    ran = {c.module for c in graph.calls}
     idle = [Kept(names[0], "it did not run on the sample", 0) for m,names in graph.modules.items()
-        if m not in ran and isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if m not in planner.ran and isinstance(m, nn.modules.batchnorm._BatchNorm)]
     return {m:c for m,c in norms.items() if m not in broken}, [*broken.values(),*idle]
 
 # %% ../nbs/03_plan.ipynb #ebd9cf2e
@@ -469,7 +468,7 @@ def plan_folds(
 )->FoldPlan: # Every norm is in `folded` or in `kept`
     "Decide for every norm of a traced model whether it folds, and where to."
     planner,exclude = Planner(graph),exclude or {}
-    waiting,kept = find_norms(graph)
+    waiting,kept = find_norms(planner)
     plan,before,why = FoldPlan(kept=kept, edits=planner.edits, sources=planner.sources),None,{}
     while len(waiting)!=before:
         before = len(waiting)

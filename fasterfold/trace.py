@@ -163,16 +163,18 @@ def user_hooks(
     m:nn.Module, # Any module
 )->list: # Names of the hooks that watch its calls
     "Names of the hooks on `m`, except those with which `torch.nn.utils` computes weights."
-    hooks = [*m._forward_pre_hooks.values(), *m._forward_hooks.values(), *m._backward_hooks.values(), *m._backward_pre_hooks.values()]
-    return [_hook_name(h) for h in hooks if not type(h).__module__.startswith('torch.nn.utils')]
+    kinds = m._forward_pre_hooks,m._forward_hooks,m._backward_hooks,m._backward_pre_hooks
+    if not any(kinds): return []
+    return [_hook_name(h) for hooks in kinds for h in hooks.values() if not type(h).__module__.startswith('torch.nn.utils')]
 
 # %% ../nbs/01_trace.ipynb #24d6aba0
 @lru_cache(None)
 def _schema(func):
-    "Default of each argument, names of the arguments written to, and name of an ATen operation."
+    "Default of each argument, names of the arguments written to, name of an ATen operation, and does it depend on nothing else?"
     args,name = func._schema.arguments,func._schema.name.split('::')[-1]
     writes = [a.name for a in args if a.alias_info is not None and a.alias_info.is_write]
-    return {a.name:a.default_value if a.has_default_value() else None for a in args}, writes, name.removesuffix('_')
+    pure = not writes and torch.Tag.nondeterministic_seeded not in func.tags
+    return {a.name:a.default_value if a.has_default_value() else None for a in args}, writes, name.removesuffix('_'), pure
 
 def _storage(t):
     try: return t.untyped_storage()._cdata
@@ -214,17 +216,18 @@ class Tracer(TorchDispatchMode):
         super().__init__()
         self.graph,self.known,self.stack = Graph(),_Known(),[] # `stack`: the module calls we are in
         self.stores,self.written = 0,{} # how many storages there are, and the last write to each
-        for name,m in model.named_modules(remove_duplicate=False): self.graph.modules.setdefault(m, []).append(name)
-        self._add_leaves(param=model.named_parameters(remove_duplicate=False), buffer=model.named_buffers(remove_duplicate=False))
+        named = list(model.named_modules(remove_duplicate=False))
+        for name,m in named: self.graph.modules.setdefault(m, []).append(name)
+        self._add_leaves(named)
         for t in tree_flatten(sample)[0]:
             if isinstance(t, Tensor) and self.known.get(t) is None: self.graph.inputs.append(self._add(t, 'input'))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs,(defaults,writes,name) = kwargs or {},_schema(func)
+        kwargs,(defaults,writes,name,pure) = kwargs or {},_schema(func)
         given = defaults | dict(zip(defaults, args)) | kwargs
         bound,inputs,stores = self._bind(given)
         out = func(*args, **kwargs)
-        self._made(self._op(func, name, bound, inputs), out, given, writes, stores)
+        self._made(self._op(func, name, bound, inputs), out, [given[k] for k in writes], pure, stores)
         return out
 
 # %% ../nbs/01_trace.ipynb #52a926f2
@@ -238,15 +241,17 @@ def _add(self:Tracer, t, kind, store=None, **kw):
     return v
 
 @patch
-def _add_leaves(self:Tracer, **named):
+def _add_leaves(self:Tracer, named):
+    "Values for the parameters and then for the buffers of the modules `named`."
     shared = {}
-    for kind,pairs in named.items():
-        for name,t in pairs:
+    for kind,attr in ('param','_parameters'),('buffer','_buffers'):
+        for name,t in [(f'{n}.{k}'.lstrip('.'), t) for n,m in named for k,t in getattr(m, attr).items() if t is not None]:
             v = self.known.get(t)
             if v is not None: v.names += (name,)
             else:
-                v = self._add(t, kind, shared.get(_storage(t)), tensor=t, names=(name,), const=True)
-                shared[_storage(t)] = v.store
+                at = _storage(t)
+                v = self._add(t, kind, shared.get(at), tensor=t, names=(name,), const=True)
+                shared[at] = v.store
                 self.graph.leaves.append(v)
 
 # %% ../nbs/01_trace.ipynb #1980ad10
@@ -275,26 +280,29 @@ def _op(self:Tracer, func, name, args, inputs):
 @patch
 def _bind(self:Tracer, given):
     "Arguments with values for tensors, those values, and storage pointers with the stores they stand for."
-    inputs,stores = [],{}
+    bound,inputs,stores = AttrDict(given),[],{}
     def see(a):
         if not isinstance(a, Tensor): return a
         inputs.append(v := self.value(a))
         stores[_storage(a)] = v.store
         return v
-    bound = {k: [see(o) for o in a] if isinstance(a, (list,tuple)) else see(a) for k,a in given.items()}
-    return AttrDict(bound),inputs,stores
+    for k,a in given.items():
+        if isinstance(a, Tensor): bound[k] = see(a)
+        elif isinstance(a, (list,tuple)): bound[k] = [see(o) for o in a]
+    return bound,inputs,stores
 
 @patch
-def _made(self:Tracer, op, out, given, writes, stores):
+def _made(self:Tracer, op, out, written, pure, stores):
     "Add the values that `op` made: new versions of the arguments it wrote to, and what it returned."
-    const = not writes and torch.Tag.nondeterministic_seeded not in op.func.tags and all(v.const for v in op.inputs)
+    const = pure and all(v.const for v in op.inputs)
     def new(t):
-        v = self._add(t, 'op', stores.get(_storage(t)), op=op, const=const)
-        stores[_storage(t)] = v.store
+        at = _storage(t)
+        v = self._add(t, 'op', stores.get(at), op=op, const=const)
+        stores[at] = v.store
         return v
     made = {}
-    for k in writes:
-        for t in [given[k]] if isinstance(given[k], Tensor) else given[k] or []:
+    for a in written:
+        for t in [a] if isinstance(a, Tensor) else a or []:
             made[id(t)] = v = new(t)
             self.written[v.store] = v
             op.writes.append(v.store)
@@ -330,17 +338,13 @@ def _watch(self:Tracer, m, seen):
 # %% ../nbs/01_trace.ipynb #a64a900e
 @patch
 def __enter__(self:Tracer):
-    self.spelled = _Spelled()
-    self.spelled.__enter__()
     self.handles = [register_module_forward_pre_hook(self._enter_module), register_module_forward_hook(self._exit_module, always_call=True)]
     return TorchDispatchMode.__enter__(self)
 
 @patch
 def __exit__(self:Tracer, *exc):
     for h in self.handles: h.remove()
-    res = TorchDispatchMode.__exit__(self, *exc)
-    self.spelled.__exit__(*exc)
-    return res
+    return TorchDispatchMode.__exit__(self, *exc)
 
 # %% ../nbs/01_trace.ipynb #74ae4c70
 _bn_ops = ('native_batch_norm','cudnn_batch_norm','_native_batch_norm_legit_no_training')
@@ -378,12 +382,7 @@ def growing():
 # %% ../nbs/01_trace.ipynb #9478a644
 def _shapes(sample): return ', '.join(str(tuple(t.shape)) for t in tree_flatten(sample)[0] if isinstance(t, Tensor))
 
-@growing()
-def trace(
-    model:nn.Module, # The model, in any mode
-    sample, # What to call it with
-)->Graph: # The recorded pass; `results` holds the returned tensors
-    "Run `model` once on `sample` in eval mode and record what it does. Raises `FoldError` if the model does not accept the sample."
+def _record(model, sample):
     args,kwargs = as_args(sample)
     tracer = Tracer(model, (args,kwargs))
     graph,known = tracer.graph,{}
@@ -398,6 +397,16 @@ def trace(
     for op in graph.ops: _add_absent(op, graph, known)
     return graph
 
+@growing()
+def trace(
+    model:nn.Module, # The model, in any mode
+    sample, # What to call it with
+)->Graph: # The recorded pass; `results` holds the returned tensors
+    "Run `model` on `sample` in eval mode and record what it does. Raises `FoldError` if the model does not accept the sample."
+    graph = _record(model, sample)
+    if all(op.name!='new_empty' for op in graph.ops): return graph
+    with _Spelled(): return _record(model, sample)
+
 # %% ../nbs/01_trace.ipynb #42609576
 def unwrap(
     model:nn.Module, # A model, maybe wrapped for parallel training or compilation
@@ -409,16 +418,14 @@ def unwrap(
         else: return model
 
 # %% ../nbs/01_trace.ipynb #36d279dd
-def _tensors(m): return [t for t in (*m._parameters.values(),*m._buffers.values()) if t is not None]
-
 _refused = [ # (what is refused, what to say); in this order, since a layer without memory cannot be asked more
-    (lambda m: isinstance(m, torch.jit.ScriptModule),
+    (lambda m,ts: isinstance(m, torch.jit.ScriptModule),
         "is TorchScript, whose layers cannot be edited. Fold the original model, then script or trace it."),
-    (lambda m: any(isinstance(t, nn.parameter.UninitializedTensorMixin) for t in _tensors(m)),
+    (lambda m,ts: any(isinstance(t, nn.parameter.UninitializedTensorMixin) for t in ts),
         "is not initialised yet. Run the model once on real data, then fold."),
-    (lambda m: any(t.is_meta for t in _tensors(m)),
+    (lambda m,ts: any(t.is_meta for t in ts),
         "is on the meta device and has no weights. Load its weights on a real device, then fold."),
-    (lambda m: 'quantized' in type(m).__module__.split('.') or any(t.is_quantized for t in _tensors(m)),
+    (lambda m,ts: 'quantized' in type(m).__module__.split('.') or any(t.is_quantized for t in ts),
         "is quantized, and its weights are rounded already. Fold the float model, then quantize it.")]
 
 def check_model(
@@ -431,8 +438,9 @@ def check_model(
         raise FoldError(f"Only a PyTorch model can be folded, and this is {what}.")
     model = unwrap(model)
     for name,m in model.named_modules():
+        ts = [t for t in (*m._parameters.values(),*m._buffers.values()) if t is not None]
         for is_refused,why in _refused:
-            if is_refused(m): raise FoldError(f"`{name}` ({type(m).__name__}) {why}" if name else f"The model ({type(m).__name__}) {why}")
+            if is_refused(m, ts): raise FoldError(f"`{name}` ({type(m).__name__}) {why}" if name else f"The model ({type(m).__name__}) {why}")
     return model
 
 # %% ../nbs/01_trace.ipynb #3dc41f04
@@ -493,7 +501,7 @@ def _copied(model, memo):
     hows = '__deepcopy__','__reduce__','__reduce_ex__','__getstate__'
     plain = [m for m in model.modules() if all(getattr(type(m), k, None) is getattr(nn.Module, k, None) for k in hows)]
     def value(v):
-        if type(v) in _as_is: return v
+        if type(v) in _as_is or type(v) is tuple and all(type(o) in _as_is for o in v): return v
         return memo.setdefault(id(v), type(v)()) if type(v) in _containers and not v else copy.deepcopy(v, memo)
     for m in plain: memo[id(m)] = type(m).__new__(type(m))
     for m in reversed(plain): memo[id(m)].__setstate__({k: value(v) for k,v in m.__reduce_ex__(4)[2].items()}) # children first
