@@ -422,7 +422,7 @@ def _at_once(self:BN_Folder, target, sample, other, graph):
     plan,exclude = plan_folds(graph),{}
     if plan.kept or not plan.folded: return None
     try: refs = run(target, sample)
-    except Exception: return None
+    except Exception: return None # tracing it will say what is wrong
     plan = self._proved(target, graph, exclude, [(other,graph.results), (sample,refs)], plan)
     return self._back() if exclude else plan
 
