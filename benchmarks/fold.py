@@ -65,7 +65,8 @@ def speed(
     size:int,  # Pixels along a side
     batch:int, # Images
     turns:int,
-    tick       # Called after each measurement
+    tick,      # Called after each measurement
+    best:str=None # The fastest of the other tools, if that is known: then only it and ours are timed
 ) -> dict: # A row of results
     "Fold a model with each of the tools in turns, with the two models' runs between; then with ours and with the fastest of the others and a check"
     model,sample = build(name, size, batch)
@@ -73,17 +74,19 @@ def speed(
     with Proof64() as double: folded = folder.fold(model, sample)
     def _fold(f): return timer('f(m, sample)', 'm = copy(model)', f=f, copy=copy_model, model=model, sample=sample)
     def _run(m): return timer('model(*sample)', model=m, sample=sample)
-    timers = {k: _fold(o.fold) for k,o in tools.items()}
-    if 'fasterfold' in timers:
-        timers[ours[1]] = _fold(lambda m,s: BN_Folder().fold(m, s, inplace=True))
-        timers[ours[2]] = _fold(lambda m,s: BN_Folder(verify=False).fold(m, s))
-    timers.update({'run original': _run(model), 'run folded': _run(folded)})
-    with torch.no_grad(): res = in_turns(timers, turns, once, tick)
     row = dict(model=name, input=[batch,3,size,size], parameters=count_parameters(model), norms=folder.result.calls,
-        proof='float64' if double.seen else 'own dtype', seconds={k: stats(o) for k,o in res.items()})
-    best = min((k for k in tools if k!=ours[0]), key=lambda k: row['seconds'][k]['median'], default=None)
+        proof='float64' if double.seen else 'own dtype', seconds={})
+    if best is None:
+        timers = {k: _fold(o.fold) for k,o in tools.items()}
+        if ours[0] in timers:
+            timers[ours[1]] = _fold(lambda m,s: BN_Folder().fold(m, s, inplace=True))
+            timers[ours[2]] = _fold(lambda m,s: BN_Folder(verify=False).fold(m, s))
+        timers.update({'run original': _run(model), 'run folded': _run(folded)})
+        with torch.no_grad(): res = in_turns(timers, turns, once, tick)
+        row['seconds'] = {k: stats(o) for k,o in res.items()}
+        best = min((k for k in tools if k!=ours[0]), key=lambda k: row['seconds'][k]['median'], default=None)
     if best is None or ours[0] not in tools: return row | dict(fastest=best, against={}, ratio=None)
-    pair = {ours[0]: timers[ours[0]], best: _fold(checked(tools[best].fold))}
+    pair = {ours[0]: _fold(tools[ours[0]].fold), best: _fold(checked(tools[best].fold))}
     with torch.no_grad(): both = in_turns(pair, turns, once, tick)
     return row | dict(fastest=best, against={k: stats(o) for k,o in both.items()}, ratio=ratio(times(both[ours[0]]), times(both[best])))
 
@@ -152,7 +155,7 @@ def page(
     if rows := res['speed']:
         names = list(rows[0]['seconds'])
         def _row(r): return r['model'],r['input'][0],r['norms'],*(ms(r['seconds'][k]['median']) for k in names),r['proof']
-        parts += ['## Milliseconds to fold', table(['model','batch','norms',*names,'proof in'], map(_row, rows))]
+        parts += ['## Milliseconds to fold', table(['model','batch','norms',*names,'proof in'], [_row(r) for r in rows if r['seconds']])]
         if rows := [r for r in rows if r['ratio']]:
             def _row(r):
                 lo,mid,hi = r['ratio']
@@ -177,7 +180,7 @@ def main(
     tools:str=','.join(peers),    # Tools to fold with, comma-separated
     models:str=','.join(all_models),  # torchvision models to fold, comma-separated
     size:int=224,     # Pixels along a side of the images
-    batches:str='8,32', # Images in the sample, comma-separated; memory is measured with the first
+    batches:str='8,32', # Images in the sample, comma-separated; all is measured with the first, only the comparison with the others
     turns:int=5,      # How often each measurement is taken
     threads:int=0,    # CPU threads; 0 is PyTorch's choice
     quick:store_true=False, # Only try whether it runs: two turns, small chains?
@@ -191,13 +194,15 @@ def main(
     res = dict(environment=env, speed=[], memory=[], depth=[], width=[]) | load(out, env)
     def _put(kind, row): res[kind] = [r for r in res[kind] if (r['model'],r['input'])!=(row['model'],row['input'])] + [row]
     deep,wide = [(o,16) for o in (depths[:1]*quick or depths)],[(20,o) for o in (widths[:1]*quick or widths)]
-    timed = len(tools) + 2 + ('fasterfold' in tools)*(2 + 2*(len(tools)>1))
-    with tqdm(total=len(names)*(len(sizes)*turns*timed+1) + turns*(len(deep)+len(wide))) as bar:
+    first,*others = sizes if 'fasterfold' in tools and len(tools)>1 else sizes[:1] # nothing to compare, else
+    timed = len(tools) + 2 + ('fasterfold' in tools)*(2 + 2*(len(tools)>1)) + 2*len(others)
+    with tqdm(total=len(names)*(turns*timed+1) + turns*(len(deep)+len(wide))) as bar:
         for o in names:
             bar.set_postfix_str(o)
-            rows = [speed(o, tools, size, n, turns, bar.update) for n in sizes]
-            for r in rows: _put('speed', r)
-            _put('memory', dict(memory(o, size, sizes[0]), proof=rows[0]['proof']))
+            row = speed(o, tools, size, first, turns, bar.update)
+            _put('speed', row)
+            for n in others: _put('speed', speed(o, tools, size, n, turns, bar.update, row['fastest']))
+            _put('memory', dict(memory(o, size, first), proof=row['proof']))
             bar.update()
             save(out, res, page)
         for k,chains in ('depth',deep),('width',wide):
