@@ -153,8 +153,8 @@ def page(
     parts = ['# What folding costs', f"{described(res['environment'])}. What each column counts is in benchmarks/README.md."]
     def _mb(n): return f'{n/2**20:.1f}'
     if rows := res['speed']:
-        names = list(rows[0]['seconds'])
-        def _row(r): return r['model'],r['input'][0],r['norms'],*(ms(r['seconds'][k]['median']) for k in names),r['proof']
+        names = list(dict.fromkeys(k for r in rows for k in r['seconds']))
+        def _row(r): return r['model'],r['input'][0],r['norms'],*(ms(r['seconds'][k]['median']) if k in r['seconds'] else '–' for k in names),r['proof']
         parts += ['## Milliseconds to fold', table(['model','batch','norms',*names,'proof in'], [_row(r) for r in rows if r['seconds']])]
         if rows := [r for r in rows if r['ratio']]:
             def _row(r):
@@ -180,7 +180,7 @@ def main(
     tools:str=','.join(peers),    # Tools to fold with, comma-separated
     models:str=','.join(all_models),  # torchvision models to fold, comma-separated
     size:int=224,     # Pixels along a side of the images
-    batches:str='8,32', # Images in the sample, comma-separated; all is measured with the first, only the comparison with the others
+    batches:str='8,32', # Images in the sample, comma-separated; all is measured with the first, ours and the fastest other tool with the rest
     turns:int=5,      # How often each measurement is taken
     threads:int=0,    # CPU threads; 0 is PyTorch's choice
     quick:store_true=False, # Only try whether it runs: two turns, small chains?
@@ -192,16 +192,18 @@ def main(
     names,sizes,tools,turns = models.split(','),[int(o) for o in batches.split(',')],load_peers(tools.split(',')),2 if quick else turns
     env = environment(['torch','torchvision',*(d for d,_ in peers.values())])
     res = dict(environment=env, speed=[], memory=[], depth=[], width=[]) | load(out, env)
-    def _put(kind, row): res[kind] = [r for r in res[kind] if (r['model'],r['input'])!=(row['model'],row['input'])] + [row]
+    def _key(r): return r['model'],r['input']
+    def _put(kind, row): res[kind] = sorted([r for r in res[kind] if _key(r)!=_key(row)] + [row], key=_key)
     deep,wide = [(o,16) for o in (depths[:1]*quick or depths)],[(20,o) for o in (widths[:1]*quick or widths)]
-    first,*others = sizes if 'fasterfold' in tools and len(tools)>1 else sizes[:1] # nothing to compare, else
-    timed = len(tools) + 2 + ('fasterfold' in tools)*(2 + 2*(len(tools)>1)) + 2*len(others)
-    with tqdm(total=len(names)*(turns*timed+1) + turns*(len(deep)+len(wide))) as bar:
+    first,*others = sizes
+    pair = 2*('fasterfold' in tools and len(tools)>1)
+    timed = len(tools) + 2 + 2*('fasterfold' in tools)
+    with tqdm(total=len(names)*(turns*(timed+pair+len(others)*(pair or timed))+1) + turns*(len(deep)+len(wide))) as bar:
         for o in names:
             bar.set_postfix_str(o)
             row = speed(o, tools, size, first, turns, bar.update)
             _put('speed', row)
-            for n in others: _put('speed', speed(o, tools, size, n, turns, bar.update, row['fastest']))
+            for n in others: _put('speed', speed(o, tools, size, n, turns, bar.update, row['fastest'] if pair else None))
             _put('memory', dict(memory(o, size, first), proof=row['proof']))
             bar.update()
             save(out, res, page)

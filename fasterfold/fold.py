@@ -7,7 +7,7 @@ __all__ = ['Snapshot', 'edited', 'apply_plan', 'Proof', 'distance', 'run', 'to_d
            'other_samples', 'BN_Folder']
 
 # %% ../nbs/04_fold.ipynb #1a84c96c
-import math, re, torch
+import re, torch
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.benchmark import Timer
 from torch.utils.weak import WeakIdKeyDictionary
+from .affine import all_finite
 from .plan import FoldPlan, plan_folds
 from .trace import FoldError, Graph, Tracer, as_args, check_model, copy_model, growing, infer_sample, preserved, tensors_of, trace
 
@@ -79,10 +80,6 @@ def edited(
     return new
 
 # %% ../nbs/04_fold.ipynb #279f6a4a
-def _finite(t):
-    if not t.numel() or math.isfinite(t.sum()): return True # a sum is read faster, but may overflow where no element did
-    return all(map(math.isfinite, t.aminmax()))
-
 def _by_name(model): return dict(model.named_modules(remove_duplicate=False))
 
 def _write(modules, snap, v, maps):
@@ -93,7 +90,7 @@ def _write(modules, snap, v, maps):
     ref = p if p is not None else next(q for o in (m,modules['']) for q in chain(o.parameters(), o.buffers()) if q.is_floating_point())
     old = torch.full(v.shape, v.fill, dtype=ref.dtype, device=ref.device) if p is None else p.detach()
     new = edited(old, maps)
-    if not _finite(new) and _finite(old): raise OverflowError(v)
+    if not all_finite(new) and all_finite(old): raise OverflowError(v)
     if p is None: p = m._parameters[name] = nn.Parameter(new, requires_grad=ref.requires_grad)
     else: snap.swap(p, new)
     snap.edits.append((p, old, maps))
@@ -383,7 +380,7 @@ def _try(self:BN_Folder, target, graph, exclude, plan=None):
         else: return plan
 
 @patch
-def _proved(self:BN_Folder, target, graph, exclude, tests, plan=None):
+def _fold_as(self:BN_Folder, target, graph, exclude, tests, plan=None):
     "Fold as `graph` says. The plan, or None if that cannot be proved: then nothing is folded."
     plan = self._try(target, graph, exclude, plan)
     if plan.folded and tests:
@@ -401,8 +398,8 @@ def _fold(self:BN_Folder, target, sample):
     plan = next((self._at_once(target, sample, *o) for o in others), None)
     if plan is None:
         graph,exclude = trace(target, sample),{}
-        tests = [(s,g.results) for s,g in [*others,(sample,graph)] if self.verify]
-        while (plan := self._proved(target, graph, exclude, tests)) is None: self._blame(target, graph, exclude, tests)
+        tests = [(s,g.results) for s,g in [*others,(sample,graph)]] if self.verify else []
+        while (plan := self._fold_as(target, graph, exclude, tests)) is None: self._blame(target, graph, exclude, tests)
     if self.strip_dropout: _strip(target, self._last[1])
     if self.channels_last:
         self._undo.append(Snapshot(target)) # of the folded weights: the last to change is the first to go back
@@ -423,7 +420,7 @@ def _at_once(self:BN_Folder, target, sample, other, graph):
     if plan.kept or not plan.folded: return None
     try: refs = run(target, sample)
     except Exception: return None # tracing it will say what is wrong
-    plan = self._proved(target, graph, exclude, [(other,graph.results), (sample,refs)], plan)
+    plan = self._fold_as(target, graph, exclude, [(other,graph.results), (sample,refs)], plan)
     return self._back() if exclude else plan
 
 # %% ../nbs/04_fold.ipynb #5a1c0e21

@@ -164,13 +164,12 @@ def user_hooks(
 )->list: # Names of the hooks that watch its calls
     "Names of the hooks on `m`, except those with which `torch.nn.utils` computes weights."
     kinds = m._forward_pre_hooks,m._forward_hooks,m._backward_hooks,m._backward_pre_hooks
-    if not any(kinds): return []
     return [_hook_name(h) for hooks in kinds for h in hooks.values() if not type(h).__module__.startswith('torch.nn.utils')]
 
 # %% ../nbs/01_trace.ipynb #24d6aba0
 @lru_cache(None)
 def _schema(func):
-    "Default of each argument, names of the arguments written to, name of an ATen operation, and does it depend on nothing else?"
+    "Default of each argument, names of the arguments written to, name of an ATen operation, and whether it only computes something from its arguments."
     args,name = func._schema.arguments,func._schema.name.split('::')[-1]
     writes = [a.name for a in args if a.alias_info is not None and a.alias_info.is_write]
     pure = not writes and torch.Tag.nondeterministic_seeded not in func.tags
