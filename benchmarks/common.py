@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np, torch
 from torch import nn
 from torch.utils.benchmark import Timer
+from torch.utils.benchmark.utils.timer import timer as wall
 
 __all__ = ['results', 'hostile', 'chain', 'timer', 'in_turns', 'stats', 'ratio', 'environment', 'described', 'load', 'save', 'table', 'ms', 'times', 'slope',
     'grouped', 'by_variant', 'helped', 'typical']
@@ -95,10 +96,11 @@ def in_turns(
 def timer(
     stmt:str, # What to time
     setup:str='pass', # What to do before, untimed
+    clock=wall, # Gives seconds
     **names # Objects that both may use
 ) -> Timer: # With PyTorch's present number of threads
     "A `Timer` under which Python collects garbage as usual: what folding leaves behind is part of its cost"
-    return Timer(stmt, f'import gc; gc.enable(); {setup}', globals=names, num_threads=torch.get_num_threads())
+    return Timer(stmt, f'import gc; gc.enable(); {setup}', timer=clock, globals=names, num_threads=torch.get_num_threads())
 
 def _quartiles(o): return [float(q) for q in np.percentile(o, [25,50,75])]
 

@@ -1,11 +1,13 @@
 """What folding costs: seconds next to the other tools, memory, and how both grow with the model.
 
-Everything is compared within one run, in turns. README.md here says what is counted."""
+Everything is compared within one run, in turns, on one thread, in CPU seconds. README.md here says what is counted."""
 import os
 os.environ.setdefault('KINETO_LOG_LEVEL', '5') # before torch: its profiler has nothing to say
 
 import gc, warnings
+from functools import partial
 from pathlib import Path
+from time import process_time
 
 import torch
 from fastcore.script import call_parse, store_true
@@ -36,6 +38,8 @@ def build(
     return model,sample
 
 # ---- Time
+
+cpu_timer = partial(timer, clock=process_time) # what else the machine does is not counted
 
 class Proof64(TorchDispatchMode):
     "Has a convolution run in float64? Then the fold could not be proved in the model's own dtype: `seen`"
@@ -72,8 +76,8 @@ def speed(
     model,sample = build(name, size, batch)
     folder = BN_Folder()
     with Proof64() as double: folded = folder.fold(model, sample)
-    def _fold(f): return timer('f(m, sample)', 'm = copy(model)', f=f, copy=copy_model, model=model, sample=sample)
-    def _run(m): return timer('model(*sample)', model=m, sample=sample)
+    def _fold(f): return cpu_timer('f(m, sample)', 'm = copy(model)', f=f, copy=copy_model, model=model, sample=sample)
+    def _run(m): return cpu_timer('model(*sample)', model=m, sample=sample)
     row = dict(model=name, input=[batch,3,size,size], parameters=count_parameters(model), norms=folder.result.calls,
         proof='float64' if double.seen else 'own dtype', seconds={})
     if best is None:
@@ -136,7 +140,7 @@ def growth(
 ) -> list: # Rows of results
     "Fold plain chains of several sizes in turns"
     built = [chain(*o) for o in chains]
-    timers = {o: timer('fold(*built)', fold=BN_Folder().fold, built=b) for o,b in zip(chains, built)}
+    timers = {o: cpu_timer('fold(*built)', fold=BN_Folder().fold, built=b) for o,b in zip(chains, built)}
     res = in_turns(timers, turns, once, tick)
     def _row(o, b):
         per_norm = [t/o[0] for t in times(res[o])]
@@ -150,7 +154,7 @@ def page(
     res:dict # As in fold.json
 ) -> str:
     "The results as Markdown"
-    parts = ['# What folding costs', f"{described(res['environment'])}. What each column counts is in benchmarks/README.md."]
+    parts = ['# What folding costs', f"{described(res['environment'])}. Times are CPU time. What each column counts is in benchmarks/README.md."]
     def _mb(n): return f'{n/2**20:.1f}'
     if rows := res['speed']:
         names = list(dict.fromkeys(k for r in rows for k in r['seconds']))
@@ -182,13 +186,12 @@ def main(
     size:int=224,     # Pixels along a side of the images
     batches:str='8,32', # Images in the sample, comma-separated; all is measured with the first, ours and the fastest other tool with the rest
     turns:int=5,      # How often each measurement is taken
-    threads:int=0,    # CPU threads; 0 is PyTorch's choice
     quick:store_true=False, # Only try whether it runs: two turns, small chains?
     out:Path=results/'fold.json', # File to write; a page goes beside it
 ):
     "Measure what folding costs, and write docs/results/fold.json and fold.md"
     warnings.simplefilter('ignore')
-    if threads: torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     names,sizes,tools,turns = models.split(','),[int(o) for o in batches.split(',')],load_peers(tools.split(',')),2 if quick else turns
     env = environment(['torch','torchvision',*(d for d,_ in peers.values())])
     res = dict(environment=env, speed=[], memory=[], depth=[], width=[]) | load(out, env)

@@ -136,7 +136,7 @@ def fold_part(d:dict|None)->str:
     if rows := d.get('speed'):
         cols = list(dict.fromkeys(k for r in rows for k in r['seconds']))
         out = [[r['model'], r['input'][0], r['norms'], *(seconds(r['seconds'].get(c, {}).get('median')) for c in cols), f"{r['ratio'][1]:.2f}" if r['ratio'] else ''] for r in rows]
-        parts += ['Time to fold. The last column compares folding *with* its proof to the fastest other tool and the two forward passes that it takes to check that one by hand.',
+        parts += ['CPU time to fold. The last column compares folding *with* its proof to the fastest other tool and the two forward passes that it takes to check that one by hand.',
             table(['model','batch','norms',*cols,'ratio'], out, set(range(1, len(cols)+4)))]
         if said := typical(rows): parts.append(f'Median over the models: {said}.')
     if rows := d.get('memory'):

@@ -674,10 +674,10 @@ def bn_affine(
     op:Op, # A batch normalization
     ctx:Context, # Gives the current statistics
 )->Affine: # What it does at inference
-    "The map of a traced batch normalization. Raises `Blocked` if it normalizes with the statistics of the batch."
+    "The map of a traced batch normalization. Raises `Blocked` if it normalizes with statistics of its input."
     a = op.args
     running = not a.get('training') and a.get('running_mean') is not None
-    _need(running, "it normalizes with the statistics of each batch, which change with the input (`track_running_stats=False`)")
+    _need(running, "it normalizes with statistics of its input, which change with it (`track_running_stats=False`)")
     _need(all(_fixed(v) for v in (a.running_mean,a.running_var,a.weight,a.bias) if v is not None), "its statistics are not fixed numbers")
     w,b = (None if v is None else ctx.read(v) for v in (a.weight,a.bias))
     return norm_affine(ctx.read(a.running_mean), ctx.read(a.running_var), w, b, a['eps'] if 'eps' in a else a.epsilon, op.out.rank)

@@ -12,7 +12,7 @@ from common import chain, slope
 
 def measured(script, out, *args):
     "What `script` writes to `out` when it is run with `args` in short turns, and the page beside it"
-    cmd = [sys.executable, root/'benchmarks'/f'{script}.py', '--tools', 'fasterfold', '--quick', '--threads', '1', '--out', out, *args]
+    cmd = [sys.executable, root/'benchmarks'/f'{script}.py', '--tools', 'fasterfold', '--quick', '--out', out, *args]
     res = subprocess.run(cmd, capture_output=True, text=True)
     assert res.returncode==0, res.stderr
     def _constant(o): raise ValueError(f'{o} is no JSON')
@@ -44,7 +44,7 @@ def test_validation(tmp_path):
 
 def test_latency(tmp_path):
     out = tmp_path/'latency.json'
-    res,page = measured('latency', out, '--models', 'tabular', '--engines', 'eager', '--device', 'cpu')
+    res,page = measured('latency', out, '--models', 'tabular', '--engines', 'eager', '--device', 'cpu', '--threads', '1')
     rows = {r['variant']: r for r in res['latency']}
     assert set(rows)=={'original','fasterfold','no norms'} and not any('why' in r for r in rows.values())
     assert rows['original']['error']==0 < rows['fasterfold']['error'] < 100*torch.finfo(torch.float32).eps
