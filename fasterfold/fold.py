@@ -434,6 +434,7 @@ def _jittered(sample, eps, seed):
 @patch
 def _check(self:BN_Folder, target, tests):
     "Compare the folded `target` with what the original returned on each of `tests`; the worst `Proof`."
+    if not any(t.numel() for _,refs in tests for t in refs): raise FoldError("The model returned no numbers for the sample, so no fold can be verified. Pass a sample for which it does, or `verify=False`.")
     eps,proofs,bound = _eps(target),[],0
     for sample,refs in tests:
         try: outs = run(target, sample)

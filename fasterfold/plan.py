@@ -10,6 +10,7 @@ import heapq, html, torch
 from collections import defaultdict
 from dataclasses import dataclass, field
 from torch import nn, Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from fastcore.basics import patch
 from .affine import Affine
 from .trace import Graph, Value, Call, growing, user_hooks
@@ -187,12 +188,13 @@ def _arg(self:Planner, a):
 # %% ../nbs/03_plan.ipynb #ad970fce
 @patch
 def _free(self:Planner, v):
-    "Raise `Blocked` if `v` is seen from outside."
+    "Raise `Blocked` if `v` is seen from outside, or is empty."
     for m in self.members.get(v, [v]):
         if m.is_output: raise Blocked("the model returns what lies in between")
         if m.hooks: raise Blocked(f"{m.hooks[0]} sees what lies in between")
     if v.kind=='input': raise Blocked("it comes straight from the model's input")
     if v.kind=='outside': raise Blocked("it reads a tensor made outside the model")
+    if 0 in v.shape: raise Blocked("what lies in between is empty on the sample")
 
 @patch
 def _blind(self:Planner, o, v, a, ctx):
@@ -430,8 +432,10 @@ def _fold_norm(planner, name, calls):
 
 # %% ../nbs/03_plan.ipynb #a168c912
 def _read_norm(call, n, ctx):
-    "The norm that `call` is, or None; and for a call that runs `n` batch normalizations without being a norm, why not."
+    "The norm that `call` is, or None; and for a call that runs `n` batch normalizations or would if it were given any numbers, why it is none."
     c = norm_call(call)
+    if any(0 in v.shape for v in call.ins):
+        return None, "it ran on an empty tensor: fold with a sample that fills it" if c is not None or isinstance(call.module, _BatchNorm) else None
     try:
         if c is not None: c.map = c.affine(ctx)
     except Blocked as e: return None, str(e) if n else None
@@ -449,7 +453,7 @@ def find_norms(
         if c is not None: norms.setdefault(m, []).append(c)
         elif why: broken.setdefault(m, Kept(call.name or '', why, 0)).calls += n
     idle = [Kept(names[0], "it did not run on the sample", 0) for m,names in graph.modules.items()
-        if m not in planner.ran and isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if m not in planner.ran and isinstance(m, _BatchNorm)]
     return {m:c for m,c in norms.items() if m not in broken}, [*broken.values(),*idle]
 
 # %% ../nbs/03_plan.ipynb #ebd9cf2e

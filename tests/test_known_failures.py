@@ -318,6 +318,19 @@ def test_instancenorm_with_running_statistics():
 def test_instancenorm_pair_without_weights():
     folds(nn.Sequential(nn.InstanceNorm2d(3, affine=True, track_running_stats=True), nn.InstanceNorm2d(3, track_running_stats=True), nn.ReLU()), image())
 def test_instancenorm_of_each_image_stays(): assert not folds(nn.Sequential(conv(), nn.InstanceNorm2d(4)), image()).folded
+class Found(Fn):
+    "A detector: its `head` runs on the images in which something is found."
+    def __init__(self): super().__init__(lambda m,x: (lambda y: (y,m.head(y[x[:,0,0,0]>9])))(m.body(x)), body=block(), head=block(4))
+def block(i=3): return nn.Sequential(conv(i), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten() if i==4 else nn.Identity())
+def test_norm_that_runs_on_nothing():
+    "PyTorch multiplies an empty tensor by the norm's `weight[0]`."
+    net,x = Found(),image()
+    assert 'empty' in reason(folds(net, x, folded='body.1', kept='head.1'), 'head.1')
+    folds(net, x+50, folded='body.1 head.1')
+def test_half_of_one_image():
+    "The second sample is one image, of which half is none."
+    net = Fn(lambda m,x: m.norm(m.fc(m.body(x)[:len(x)//2]).flatten(0, 2)), body=block(), fc=nn.Linear(5, 3), norm=nn.BatchNorm1d(3))
+    folds(net, image(), folded='body.1 norm')
 def test_layerscale():
     net = Fn(lambda m,x: x+m.gamma(m.conv2(m.conv1(x).relu())), conv1=conv(), conv2=conv(4, 3), gamma=Scale(3))
     folds(net, image(), folded='gamma')

@@ -441,6 +441,13 @@ def norms_that_run(model, sample):
     finally: handle.remove()
     return {names[m] for m in ran if isinstance(m, norms) and not (isinstance(m, nn.modules.instancenorm._InstanceNorm) and not m.track_running_stats)}
 
+def check_on_nothing(model, sample, refs):
+    "An empty batch shows nothing: what is folded with it is right for other batches."
+    none = tuple(o[:0] for o in sample)
+    try: run(model, none)
+    except Exception: return # not all can run on it
+    agree(run(BN_Folder(verify=False).fold(model, none), sample), refs, model, sample)
+
 def check(model, sample):
     "All that must hold of one network."
     before,other = state(model),tuple(o*3+1 for o in sample)
@@ -455,6 +462,7 @@ def check(model, sample):
     assert not {*names_of(plan.folded)}&{*names_of(plan.kept)} and all(o.reason for o in plan.kept)
     agree(run(new, sample), refs, model, sample)
     agree(run(new, other), refs2, model, other)
+    check_on_nothing(model, sample, refs)
     folder = BN_Folder()
     assert folder.fold(model, sample, inplace=True) is model
     agree(run(model, sample), refs, model, sample)
