@@ -5,6 +5,7 @@ from fastai.vision.all import create_unet_model,create_vision_model,resnet18,xre
 from fastai.vision.gan import basic_critic,basic_generator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from fasterfold.trace import FoldError
 from helpers import *
 
 T = torchvision.models
@@ -69,3 +70,14 @@ def test_first_layers_of_resnet18(bias):
     assert isinstance(new[1], nn.Identity)
     with torch.no_grad(): diff = model(x).double()-new(x).double()
     assert abs(diff.mean())<1e-8 and diff.abs().max()<1e-5
+
+def test_detector_that_finds_nothing():
+    "Its mask head ran on nothing, and what it returns proves nothing."
+    model = randomize_norms(T.detection.maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, min_size=64, max_size=64, rpn_post_nms_top_n_test=8))
+    model.roi_heads.score_thresh = 1.1
+    sample,folder = ([torch.rand(3, 64, 64)],),BN_Folder(verify=False)
+    with pytest.raises(FoldError, match='no numbers'): BN_Folder().fold(model, sample)
+    new = folder.fold(model, sample)
+    assert len(folder.result.folded)==65
+    assert [(o.norm,'empty' in o.reason) for o in folder.result.kept]==[(f'roi_heads.mask_head.{i}.1',True) for i in range(4)]
+    check_fold(model.roi_heads.mask_head, new.roi_heads.mask_head, torch.randn(2, 256, 14, 14))
