@@ -439,7 +439,8 @@ def _read_norm(call, n, ctx):
     try:
         if c is not None: c.map = c.affine(ctx)
     except Blocked as e: return None, str(e) if n else None
-    if c is not None and c.map is not None and (n or c.map.scales): return c,None
+    if c is not None and c.map is not None and (n or c.map.scales):
+        return (c,None) if call.given==1 else (None,"it is called with more than its input, which an `nn.Identity` does not take")
     return None, f"`batch_norm` is called as a function in `{type(call.module).__name__}.forward`, which cannot be edited" if n else None
 
 def find_norms(
@@ -460,7 +461,7 @@ def find_norms(
 def _hint(call):
     "What to try if a block around `call` knows how to merge its branches."
     while call is not None and call.name:
-        can_merge = any(hasattr(call.module, k) for k in ('reparameterize','fuse','switch_to_deploy'))
+        can_merge = any(callable(getattr(call.module, k, None)) for k in ('reparameterize','fuse','switch_to_deploy'))
         if can_merge: return f" (`{call.name}` can merge its branches: try `merge_branches=True`)"
         call = call.parent
     return ''

@@ -237,8 +237,11 @@ def _(op, out, a, ctx):
 
 @push('index_select')
 def _(op, carried, ctx):
-    _only(op, op.args.index)
-    return [(op.out, part(carried[op.args.self], _dim(op), ctx.read(op.args.index)))], []
+    a,idx,dim = carried[op.args.self],op.args.index,_dim(op)
+    if not a.constant(dim):
+        _only(op, idx)
+        a = part(a, dim, ctx.read(idx))
+    return [(op.out, a)], []
 
 # %% ../nbs/02_rules.ipynb #14053651
 def _join(op):
@@ -358,6 +361,33 @@ def _(op, out, a, ctx):
 def _(op, carried, ctx):
     v,dims = op.args.self,_dims(op)
     return [(op.out, _lose(op, _sum(op, carried[v], dims, lambda t,n: t*n), dims))], []
+
+# %% ../nbs/02_rules.ipynb #7af44ed5
+def _zeros(v, ctx): return not ctx.read(v).any() if v.const else v.op is not None and v.op.name in ('new_zeros','zeros_like')
+
+def _collected(op, a, ctx):
+    "What `op` collects, if `a` may pass."
+    v,dim,how = op.args.get('src', op.args.get('source')),_dim(op),op.args.get('reduce', 'sum')
+    _need(_zeros(op.args.self, ctx), f"{op.label} adds it to something else")
+    same = all(m==n or d==dim for d,(m,n) in enumerate(zip(v.shape, op.out.shape)))
+    _need(same and a.constant(dim) and how!='prod', f"{op.label} mixes values that are scaled differently")
+    _need(not a.shifts, f"{op.label} does not let a shift pass")
+    _need(how in ('sum','mean') or bool((a.scale>=0).all()), f"{op.label} does not let a negative scale pass")
+    return v
+
+# %% ../nbs/02_rules.ipynb #1e18502d
+@pull('scatter_add','index_add','scatter_reduce')
+def _(op, out, a, ctx): return [(_collected(op, a, ctx), a)]
+
+@push('scatter_add','index_add','scatter_reduce', several=True)
+def _(op, carried, ctx):
+    a = next(iter(carried.values()))
+    _need(set(carried)=={_collected(op, a, ctx)}, f"{op.label} adds something to it")
+    return [(op.out, a)], []
+
+# %% ../nbs/02_rules.ipynb #3f6bc512
+@push('zeros_like','ones_like','full_like','new_zeros','new_ones','new_full')
+def _(op, carried, ctx): return [], []
 
 # %% ../nbs/02_rules.ipynb #6a4afd34
 def _pads(op):

@@ -86,6 +86,7 @@ class Call:
     ops:list = field(default_factory=list) # Operations run by its own code, not by a child's
     children:list = field(default_factory=list) # Calls of other modules inside it
     ins:list = field(default_factory=list) # Values among the positional arguments
+    given:int = 0 # How many positional arguments there are
     out:Value = None # The value it returned, if it returned one tensor
     def all_ops(self): return sorted(self.ops + [o for c in self.children for o in c.all_ops()], key=lambda o: o.index)
 
@@ -315,7 +316,7 @@ def _made(self:Tracer, op, out, written, pure, stores):
 def _enter_module(self:Tracer, m, args):
     given = [t for t in args if isinstance(t, Tensor)]
     ins = [self.value(t) for t in given]
-    call = Call(m, self.graph.modules.get(m, [None])[0], self.stack[-1] if self.stack else None, ins=ins)
+    call = Call(m, self.graph.modules.get(m, [None])[0], self.stack[-1] if self.stack else None, ins=ins, given=len(args))
     if call.parent is not None: call.parent.children.append(call)
     self.graph.calls.append(call)
     self.stack.append(call)

@@ -81,3 +81,35 @@ def test_detector_that_finds_nothing():
     assert len(folder.result.folded)==65
     assert [(o.norm,'empty' in o.reason) for o in folder.result.kept]==[(f'roi_heads.mask_head.{i}.1',True) for i in range(4)]
     check_fold(model.roi_heads.mask_head, new.roi_heads.mask_head, torch.randn(2, 256, 14, 14))
+
+class Neighbours(nn.Module):
+    "A layer of a graph network: each node's neighbours, weighted by how many there are, through a linear layer."
+    def __init__(self, ni, nf):
+        super().__init__()
+        self.lin,self.bias = nn.Linear(ni, nf, bias=False),nn.Parameter(torch.randn(nf))
+    def forward(self, x, frm, to):
+        n = x.new_zeros(len(x)).index_add(0, to, torch.ones_like(to, dtype=x.dtype)).clamp(min=1)
+        msgs = self.lin(x).index_select(0, frm)*n.rsqrt().index_select(0, to)[:,None]
+        return x.new_zeros(len(x), len(self.bias)).scatter_add_(0, to[:,None].expand_as(msgs), msgs) + self.bias
+
+class PlainNorm(nn.BatchNorm1d):
+    def forward(self, x, batch=None): return super().forward(x)
+
+class GraphNet(nn.Module):
+    def __init__(self, more=()):
+        super().__init__()
+        self.conv1,self.norm1,self.conv2,self.norm2,self.more = Neighbours(5, 8),PlainNorm(8),Neighbours(8, 6),PlainNorm(6),more
+    def forward(self, x, frm, to): return self.norm2(self.conv2(self.norm1(self.conv1(x, frm, to), *self.more).relu(), frm, to))
+
+def graph(n=9, k=20): return torch.randn(n, 5),torch.randint(n, (k,)),torch.randint(1, n, (k,)) # nothing leads to the first node
+
+def test_graph_network():
+    "A norm after a sum over neighbours goes into the linear layer before it; an `nn.Identity` cannot be called like one that is given more."
+    model,folder = randomize_norms(GraphNet()),BN_Folder()
+    new = folder.fold(model, graph())
+    assert names_of(folder.result.folded)==['norm1','norm2']
+    for sample in (graph(),graph(30, 7)): check_fold(model, new, sample)
+    model.more = (None,)
+    new = folder.fold(model, graph())
+    assert [(o.norm,'more than its input' in o.reason) for o in folder.result.kept]==[('norm1',True)]
+    check_fold(model, new, graph())

@@ -351,6 +351,17 @@ def reduce(b, i):
         lambda net,x,d=d,k=keep: x.max(d, keepdim=k)[0], lambda net,x,k=keep: x.mean((1,2), keepdim=k), lambda net,x,d=d: x.softmax(d)]
     b.add(b.pick(*fs), i)
 @kind()
+def collect(b, i):
+    "Entries taken and collected by a list of places, as graph networks do, and what is made in the shape of a value."
+    d,k = b.int(0, b.rank(i)-1),[b.int(0, 2) for _ in range(3)]
+    how,own = b.pick('sum','mean','amax','amin'),b.flag()
+    def places(x): return torch.tensor(k)[torch.arange(x.shape[d])%3]
+    def zeros(x): return x.new_zeros([3 if j==d else n for j,n in enumerate(x.shape)])
+    def wide(x): return places(x).reshape([-1 if j==d else 1 for j in range(x.dim())]).expand_as(x)
+    fs = [lambda net,x: x.index_select(d, places(x)%x.shape[d]), lambda net,x: zeros(x).index_add(d, places(x), x), lambda net,x: x+torch.full_like(x, .5),
+        lambda net,x: zeros(x).scatter_add_(d, wide(x), x), lambda net,x: zeros(x).scatter_reduce(d, wide(x), x, how, include_self=own)]
+    b.add(b.pick(*fs), i)
+@kind()
 def resize(b, i):
     r = b.rank(i)
     if not 3<=r<=5: return

@@ -70,6 +70,7 @@ for x in each:
         case(A.flip.default, x, [d])
         case(A.roll.default, x, [1], [d])
         case(A.index_select.default, x, d, Arg(4, make=lambda s,n=x.shape[d]: torch.arange(4)%n, role='weight'))
+        case(A.index_select.default, x, d, Arg(4, make=lambda s,n=x.shape[d]: torch.arange(4)%n, role='plain'))
         case(A.cat.default, [x,T(*x.shape)], d)
         if x is x3: case(A.cat.default, [x,T(*[2 if k==d%len(x.shape) else n for k,n in enumerate(x.shape)]),x], d)
         case(A.stack.default, [x,T(*x.shape)], d)
@@ -140,6 +141,22 @@ for value in (0.,.5,-torch.inf):
     case(A.constant_pad_nd.default, x4, [0,0,0,1,2,1], value)
     case(A.constant_pad_nd.default, x3, [1,-1], value)
     case(A.constant_pad_nd.default, x3, [0,0,-1,0], value)
+
+# graphs: rows collected in zeros, some of them in the same place, some in none
+def zeros(*shape): return Arg(*shape, make=torch.zeros, role='weight')
+def places(*shape): return Arg(*shape, make=lambda s: torch.randint(3, s), role='plain')
+for base in (zeros(4,3),W(4,3),T(4,3),written(4,3)):
+    for f in (A.index_add.default,A.index_add_.default): case(f, base, 0, places(5), T(5,3))
+    for f in (A.scatter_add.default,A.scatter_add_.default): case(f, base, 0, places(5,3), T(5,3))
+    for how in ('sum','mean','amax','amin','prod'):
+        for own in (True,False): case(A.scatter_reduce.two, base, 0, places(5,3), T(5,3), how, include_self=own)
+case(A.index_add.default, zeros(2,4,3), -2, places(5), T(2,5,3), alpha=-2.)
+case(A.scatter_add.default, zeros(4,4), 1, places(2,3), T(3,5)) # reads a part of it
+case(A.scatter_add.default, zeros(3), 0, places(5), T(5))
+for f in (A.zeros_like,A.ones_like): case(f.default, x3)
+case(A.full_like.default, x3, 2.)
+for f in (A.new_zeros,A.new_ones): case(f.default, x3, [4,5])
+case(A.new_full.default, x3, [4,5], 2.)
 
 # arithmetic
 for y in (W(2,3,4),W(3,1),W(4),W(1,1,1),W(1)):
