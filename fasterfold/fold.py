@@ -472,21 +472,27 @@ def _prove(self:BN_Folder, target, outs, refs, sample, eps):
         return Proof(d, _largest(outs, refs), ok=eps<1e-5 and d<=1e3*eps)
 
 # %% ../nbs/04_fold.ipynb #990eb503
+def _at_fault(
+    proof:Proof # One that failed
+):
+    far = proof.exact is None or not 1e3*proof.exact<proof.folded<float('inf')
+    return "the folded model did not compute the same" if far else f"rounding would put it {proof.folded:.0e} off, and the original is {proof.own:.0e} off"
+
 @patch
 def _blame(self:BN_Folder, target, graph, exclude, tests):
     "Find the first norm whose fold cannot be proved, and add it to `exclude`."
     names = [o.norm for o in plan_folds(graph, exclude).folded]
-    def right(k):
+    def check(k):
         self._try(target, graph, exclude | {n:'' for n in names[k:]})
-        try: return self._check(target, tests).ok
+        try: return self._check(target, tests)
         finally: self._back()
-    if not right(0): raise FoldError("The model returns different outputs for the same input, so no fold can be verified. Make it deterministic in eval mode, or pass `verify=False`.")
+    if not check(0).ok: raise FoldError("The model returns different outputs for the same input, so no fold can be verified. Make it deterministic in eval mode, or pass `verify=False`.")
     good,bad = 0,len(names)
     while bad-good>1:
         mid = (good+bad)//2
-        if right(mid): good = mid
+        if check(mid).ok: good = mid
         else: bad = mid
-    exclude[names[bad-1]] = "failed verification: the folded model did not compute the same"
+    exclude[names[bad-1]] = f"failed verification: {_at_fault(check(bad))}"
 
 # %% ../nbs/04_fold.ipynb #9c15fb3b
 _drop = re.compile('Drop|StochasticDepth')
@@ -503,6 +509,7 @@ def _merge_branches(model):
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(next((p.dtype for p in model.parameters() if p.is_floating_point()), dtype))
     try: reparameterize_model(model, inplace=True)
+    except Exception as e: raise FoldError(f"timm cannot merge the branches of this model ({type(e).__name__}: {e}): fold it without `merge_branches=True`") from e
     finally: torch.set_default_dtype(dtype)
 
 def _merge(target, sample):

@@ -230,18 +230,30 @@ def _(op, carried, ctx):
     return [(o, one(o)) for o in op.outs], []
 
 # %% ../nbs/02_rules.ipynb #2baa6f68
-@pull('index_select')
-def _(op, out, a, ctx):
-    _need(a.constant(_dim(op)), f"{op.label} copies it, and the copies differ")
-    return [(op.args.self, a)]
+def _listed(op):
+    "The dimension along which a list of indices selects, and the list."
+    if op.name=='index_select': return _dim(op),op.args.index
+    (dim,idx),*more = [(d,i) for d,i in enumerate(op.args.indices) if i is not None]
+    _need(not more and idx.rank==1 and idx.dtype not in (torch.bool,torch.uint8), f"{op.label} picks single numbers")
+    return dim,idx
 
-@push('index_select')
+def _known(op, idx, dim, ctx):
+    _need(idx.const, f"{op.label} may select anything")
+    return ctx.read(idx)%op.args.self.shape[dim]
+
+# %% ../nbs/02_rules.ipynb #2baa6f69
+@pull('index_select','index')
+def _(op, out, a, ctx):
+    v,(dim,idx) = op.args.self,_listed(op)
+    if a.constant(dim): return [(v, a)]
+    i = _known(op, idx, dim, ctx)
+    _need(len(i.unique())==len(i), f"{op.label} copies it, and the copies differ")
+    return [(v, spread(a, dim, i, v.shape[dim]))]
+
+@push('index_select','index')
 def _(op, carried, ctx):
-    a,idx,dim = carried[op.args.self],op.args.index,_dim(op)
-    if not a.constant(dim):
-        _only(op, idx)
-        a = part(a, dim, ctx.read(idx))
-    return [(op.out, a)], []
+    a,(dim,idx) = carried[op.args.self],_listed(op)
+    return [(op.out, a if a.constant(dim) else part(a, dim, _known(op, idx, dim, ctx)))], []
 
 # %% ../nbs/02_rules.ipynb #14053651
 def _join(op):

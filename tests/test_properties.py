@@ -358,8 +358,11 @@ def collect(b, i):
     def places(x): return torch.tensor(k)[torch.arange(x.shape[d])%3]
     def zeros(x): return x.new_zeros([3 if j==d else n for j,n in enumerate(x.shape)])
     def wide(x): return places(x).reshape([-1 if j==d else 1 for j in range(x.dim())]).expand_as(x)
-    fs = [lambda net,x: x.index_select(d, places(x)%x.shape[d]), lambda net,x: zeros(x).index_add(d, places(x), x), lambda net,x: x+torch.full_like(x, .5),
-        lambda net,x: zeros(x).scatter_add_(d, wide(x), x), lambda net,x: zeros(x).scatter_reduce(d, wide(x), x, how, include_self=own)]
+    def turned(x, f): return f(x.transpose(0, d)).transpose(0, d)
+    fs = [lambda net,x: x.index_select(d, places(x)%x.shape[d]), lambda net,x: x.index_select(d, torch.arange(x.shape[d])//2),
+        lambda net,x: turned(x, lambda x: x[torch.tensor(k)%len(x)]), lambda net,x: turned(x, lambda x: x[-torch.arange(len(x))]),
+        lambda net,x: zeros(x).index_add(d, places(x), x), lambda net,x: zeros(x).scatter_add_(d, wide(x), x),
+        lambda net,x: zeros(x).scatter_reduce(d, wide(x), x, how, include_self=own), lambda net,x: x+torch.full_like(x, .5)]
     b.add(b.pick(*fs), i)
 @kind()
 def resize(b, i):

@@ -473,3 +473,12 @@ def test_merge_branches_without_timm(monkeypatch):
     before = state(net)
     with pytest.raises(FoldError, match='pip install timm'): BN_Folder(merge_branches=True).fold(net, x, inplace=True)
     assert state(net)==before
+
+def test_merge_branches_of_what_timm_cannot_merge():
+    "It takes any attribute of that name for a method; layers of graph networks have a flag there."
+    net,x = network(),sample()
+    next(net.children()).fuse = True
+    before = state(net)
+    with pytest.raises(FoldError, match='without `merge_branches'): BN_Folder(merge_branches=True).fold(net, x, inplace=True)
+    assert state(net)==before
+    BN_Folder().fold(net, x)

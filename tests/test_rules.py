@@ -69,14 +69,19 @@ for x in each:
         case(A.split_with_sizes.default, x, [1,x.shape[d]-1] if x.shape[d]>1 else [1], d)
         case(A.flip.default, x, [d])
         case(A.roll.default, x, [1], [d])
-        case(A.index_select.default, x, d, Arg(4, make=lambda s,n=x.shape[d]: torch.arange(4)%n, role='weight'))
-        case(A.index_select.default, x, d, Arg(4, make=lambda s,n=x.shape[d]: torch.arange(4)%n, role='plain'))
+        for role in ('weight','plain'):
+            for make in (lambda s,n=x.shape[d]: torch.arange(4)%n, lambda s,n=x.shape[d]: torch.randperm(n)[:2]):
+                case(A.index_select.default, x, d, Arg(4, make=make, role=role))
+                case(A.index.Tensor, x, [None]*(d%len(x.shape)) + [Arg(4, make=lambda s,f=make: f(s)-1, role=role)])
         case(A.cat.default, [x,T(*x.shape)], d)
         if x is x3: case(A.cat.default, [x,T(*[2 if k==d%len(x.shape) else n for k,n in enumerate(x.shape)]),x], d)
         case(A.stack.default, [x,T(*x.shape)], d)
         for keep in (True,False):
             for f in (A.mean.dim,A.sum.dim_IntList,A.amax.default,A.amin.default): case(f, x, [d], keep)
             for f in (A.max.dim,A.min.dim,A.median.dim): case(f, x, d, keep)
+case(A.index.Tensor, T(3,3,5), [index(4),index(4)])
+case(A.index.Tensor, x3, [None,Arg(2,2, make=lambda s: torch.randint(3, s), role='weight')])
+case(A.index.Tensor, x3, [None,Arg(3, make=lambda s: torch.tensor([True,False,True]), role='weight')])
 for to in ([2,12,5],[2,2,2,15],[24,5],[2,4,15],[8,3,5]): case(A.view.default, x4, to)
 for dims in itertools.permutations(range(3)): case(A.permute.default, x3, dims)
 for d in ((0,1),(1,2),(-1,1)): case(A.transpose.int, x4, *d)
