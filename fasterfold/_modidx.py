@@ -317,6 +317,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fasterfold.rules._summed_scale': ('rules.html#_summed_scale', 'fasterfold/rules.py'),
                                   'fasterfold.rules._summed_shift': ('rules.html#_summed_shift', 'fasterfold/rules.py'),
                                   'fasterfold.rules._walk': ('rules.html#_walk', 'fasterfold/rules.py'),
+                                  'fasterfold.rules._whole': ('rules.html#_whole', 'fasterfold/rules.py'),
                                   'fasterfold.rules._window_dims': ('rules.html#_window_dims', 'fasterfold/rules.py'),
                                   'fasterfold.rules._zeros': ('rules.html#_zeros', 'fasterfold/rules.py'),
                                   'fasterfold.rules.beside': ('rules.html#beside', 'fasterfold/rules.py'),

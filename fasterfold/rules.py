@@ -217,10 +217,17 @@ def _cut(op, out):
     dim,idx = _dim(op),CUT[op.name](op, op.outs.index(out))
     return dim, idx, [len(idx) if d==dim else n for d,n in enumerate(op.args.self.shape)]
 
+def _whole(op, a, dim, idx):
+    "`a` on the part `idx` of the input of `op` as a map of all of it."
+    v = op.args.self
+    unread = len(op.outs)==1 and v.users==[op]
+    return a if unread and a.constant(dim) else spread(a, dim, idx, v.shape[dim])
+
+# %% ../nbs/02_rules.ipynb #8f51d671
 @pull(*CUT)
 def _(op, out, a, ctx):
     dim,idx,shape = _cut(op, out)
-    return [(op.args.self, spread(reshaped(a, out.shape, shape), dim, idx, op.args.self.shape[dim]))]
+    return [(op.args.self, _whole(op, reshaped(a, out.shape, shape), dim, idx))]
 
 @push(*CUT)
 def _(op, carried, ctx):
@@ -248,7 +255,7 @@ def _(op, out, a, ctx):
     if a.constant(dim): return [(v, a)]
     i = _known(op, idx, dim, ctx)
     _need(len(i.unique())==len(i), f"{op.label} copies it, and the copies differ")
-    return [(v, spread(a, dim, i, v.shape[dim]))]
+    return [(v, _whole(op, a, dim, i))]
 
 @push('index_select','index')
 def _(op, carried, ctx):

@@ -113,3 +113,20 @@ def test_graph_network():
     new = folder.fold(model, graph())
     assert [(o.norm,'more than its input' in o.reason) for o in folder.result.kept]==[('norm1',True)]
     check_fold(model, new, graph())
+
+def test_crop():
+    "A convolution, a crop, a norm: what is cropped may be scaled too, unless it is read elsewhere."
+    class Crop(nn.Module):
+        def __init__(self, f):
+            super().__init__()
+            self.conv,self.norm,self.f = nn.Conv2d(3, 4, 3, padding=1),nn.BatchNorm2d(4),f
+        def forward(self, x):
+            y = self.conv(x)
+            return self.norm(self.f(y)).relu(),self.f(y) if self.also else 0
+    for f in (lambda y: y[:,:,1:,1:], lambda y: y[:,:,:,-1:], lambda y: y.select(3, 2).unsqueeze(3), lambda y: y.narrow(2, 3, 5)):
+        for also in (False,True):
+            model,folder = randomize_norms(Crop(f)),BN_Folder()
+            model.also = also
+            new = folder.fold(model, image()())
+            assert names_of(folder.result.kept)==['norm']*also
+            check_fold(model, new, image()())
