@@ -237,7 +237,7 @@ def settle(self:Planner,
     ctx, # Context for the rules
 )->dict: # Parameter value to the map it gets
     "Meet every wanted map by edits of parameters. Raises `Blocked`."
-    wanted,queue,edits = {},[],{}
+    wanted,queue,edits,parts = {},[],{},{} # parts: what the outputs of one operation have asked of its input so far
     def ask(v, a):
         if v not in wanted:
             wanted[v] = a
@@ -256,8 +256,9 @@ def settle(self:Planner,
             continue
         for u,m in self._pull(v, a, inside, ctx):
             u = self.rep(u)
-            met.setdefault(v.op, {})[u] = m
-            ask(u, m)
+            if (old := parts.get((v.op,u))) is not None and wanted[u] is old: wanted[u] = m = m@old
+            else: ask(u, m)
+            parts[v.op,u] = met.setdefault(v.op, {})[u] = m
     return edits
 
 # %% ../nbs/03_plan.ipynb #70e6472a

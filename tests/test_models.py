@@ -130,3 +130,19 @@ def test_crop():
             new = folder.fold(model, image()())
             assert names_of(folder.result.kept)==['norm']*also
             check_fold(model, new, image()())
+
+class GhostNorm(nn.Module):
+    "TabNet's norm: one for all chunks of a batch."
+    def __init__(self, n):
+        super().__init__()
+        self.bn = nn.BatchNorm1d(n)
+    def forward(self, x): return torch.cat([self.bn(o) for o in x.chunk(-(-len(x)//4), 0)])
+
+@pytest.mark.parametrize('rows', [3,4,9,16])
+def test_ghost_norm(rows):
+    model,folder = randomize_norms(nn.Sequential(nn.Linear(5, 8), GhostNorm(8), nn.ReLU(), GhostNorm(8), nn.Linear(8, 2))),BN_Folder()
+    x = torch.randn(rows, 5)
+    assert [(o.norm,o.direction,o.calls) for o in folder.plan(model, x).folded]==[('1.bn','back',-(-rows//4)),('3.bn','forward',-(-rows//4))]
+    new = folder.fold(model, x)
+    assert not folder.result.kept
+    for n in (1,7,16): check_fold(model, new, torch.randn(n, 5))

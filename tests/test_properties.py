@@ -37,6 +37,13 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.ones(shape))
     def forward(self, x): return x*self.gamma
 
+class Chunked(nn.Module):
+    "A module that is called for each part of a batch, as TabNet calls its norms, or for each half along another dimension."
+    def __init__(self, m, dim):
+        super().__init__()
+        self.m,self.dim = m,dim
+    def forward(self, x): return torch.cat([self.m(o) for o in x.chunk(2, self.dim)], self.dim)
+
 class Net(nn.Module):
     "A program: each step reads some of the values so far and adds new ones."
     def __init__(self):
@@ -184,6 +191,12 @@ def block(b, i):
 def norm(b, i):
     n = b.norm(i)
     if n is not None: b.module(n, i)
+@kind()
+def chunked(b, i):
+    d = b.pick(0,0,b.rank(i)-1)
+    n = b.norm(i)
+    if d==1 or not isinstance(n, nn.modules.batchnorm._BatchNorm) or isinstance(n, BatchNorm1dFlat) or n.running_mean is None: return
+    b.module(Chunked(n, d), b.module(nn.Linear(b.shape(i)[-1], b.shape(i)[-1]), i) if b.flag() else i)
 @kind(2)
 def linear_norm(b, i):
     i = b.module(nn.Linear(b.shape(i)[-1], b.int(1, 5), bias=b.flag()), i)
