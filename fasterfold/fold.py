@@ -433,7 +433,7 @@ def _jittered(sample, eps, seed):
 # %% ../nbs/04_fold.ipynb #4c57da74
 @patch
 def _check(self:BN_Folder, target, tests):
-    "Compare the folded `target` with what the original returned on each of `tests`; the worst `Proof`."
+    "Compare the folded `target` with what the original returned on each of `tests`; the `Proof` that tells most: one that failed, else one in float64, else the worst."
     if not any(t.numel() for _,refs in tests for t in refs): raise FoldError("The model returned no numbers for the sample, so no fold can be verified. Pass a sample for which it does, or `verify=False`.")
     eps,proofs,bound = _eps(target),[],0
     for sample,refs in tests:
@@ -446,7 +446,7 @@ def _check(self:BN_Folder, target, tests):
             if proof.ok and proof.own is not None and proof.own<.01: bound = 20*proof.own+20*eps # more would let anything pass
         proofs.append(proof)
         if not proof.ok: break
-    return max(proofs, key=lambda p: (not p.ok, p.diff))
+    return max(proofs, key=lambda p: (not p.ok, p.exact is not None, p.diff))
 
 @contextmanager
 def _unfolded(target, snap):

@@ -106,6 +106,8 @@ def test_half_precision_rounds_once(dtype):
     new = folder.fold(net, x)
     own,diff,exact = errors(net, new, x)
     assert names_of(folder.result.folded)==[f'{i}.1' for i in range(6)] and exact<1e-12 and diff<=2*own
+    proof = folder.result.proof
+    assert proof.own>0 and proof.folded<=2*proof.own and proof.exact<1e-12
 
 @pytest.mark.parametrize('write', [lambda y: y.relu_(), lambda y: y.add_(1), lambda y: y[:,:1].mul_(2), lambda y: y.zero_()])
 def test_input_of_norm_written_later(write):
