@@ -20,19 +20,16 @@ from torch.utils.benchmark import Timer
 from torch.utils.weak import WeakIdKeyDictionary
 from .affine import all_finite
 from .plan import FoldPlan, plan_folds
-from .trace import FoldError, Graph, Tracer, as_args, check_model, copy_model, growing, infer_sample, preserved, tensors_of, trace
+from .trace import FoldError, Graph, Structure, Tracer, as_args, check_model, copy_model, growing, infer_sample, preserved, tensors_of, trace
 
 # %% ../nbs/04_fold.ipynb #026fdda5
-def _containers(m): return {k:v.copy() if v else () for k,v in vars(m).items() if isinstance(v, (dict,set))}
-
 class Snapshot:
     "What is needed to give `model` back as it is now, bit for bit."
     @growing()
     def __init__(self,
         model:nn.Module, # The model about to be changed
     ):
-        self.modules = [(m, m.__class__, dict(vars(m)), _containers(m)) for m in model.modules()]
-        self.grads = [(p, p.requires_grad) for m,*_ in self.modules for p in m._parameters.values() if p is not None]
+        self.structure,self.grads = Structure(model),[(p, p.requires_grad) for p in model.parameters()]
         self.datas,self.edits = [],[] # (tensor, what it held), and (parameter, what it held, its maps)
 
     def swap(self,
@@ -46,13 +43,7 @@ class Snapshot:
     def restore(self):
         "Undo every change since."
         for t,old in reversed(self.datas): t.data = old
-        for m,cls,attrs,inner in self.modules:
-            if m.__class__ is not cls: m.__class__ = cls
-            vars(m).clear()
-            vars(m).update(attrs)
-            for k,v in inner.items():
-                attrs[k].clear()
-                attrs[k].update(v)
+        self.structure.restore()
         for p,grad in self.grads: p.requires_grad_(grad)
 
 # %% ../nbs/04_fold.ipynb #2727ba79
@@ -255,26 +246,29 @@ def prove(
     return Proof(distance(outs, refs), _largest(outs, refs), own, near, struct, ok)
 
 # %% ../nbs/04_fold.ipynb #d2c844ea
+def _plain(t): return t.layout is torch.strided and not t.is_nested
+
 def _smaller(t):
     "Images at about a quarter of their size if they are large: a view."
-    if t.dim()<4 or not t.is_floating_point(): return t
+    if t.dim()<4 or not t.is_floating_point() or not _plain(t): return t
     h,w = (max(64, -(-s//128)*32) for s in t.shape[-2:])
     return t[...,:h,:w]
 
 def other_samples(
     sample, # A sample
 )->list: # Empty if it holds no floating-point batch
-    "Samples with another batch size and other numbers: one with smaller images, if `sample` has large ones, and one with images as they are."
+    "Samples with another batch size and other numbers: one with smaller images, if `sample` has large ones, and one with images as they are. Sparse and nested tensors stay as they are, and then so does the batch size."
     ts = [t for t in tree_flatten(sample)[0] if isinstance(t, Tensor) and t.dim()]
-    if not any(t.is_floating_point() for t in ts): return []
-    n = ts[0].shape[0]
-    batch = all(t.shape[0]==n for t in ts)
+    plain = [t for t in ts if _plain(t)]
+    if not any(t.is_floating_point() for t in plain): return []
+    n = plain[0].shape[0]
+    batch = len(plain)==len(ts) and all(t.shape[0]==n for t in ts)
     def other(t):
-        if not t.dim(): return t
+        if not t.dim() or not _plain(t): return t
         if batch and n>1: t = t[:1]
         u = -t if t.is_floating_point() else t
         return torch.cat([t,u]) if batch and n==1 else u
-    small = [tree_map_only(Tensor, _smaller, sample)] if any(_smaller(t).shape!=t.shape for t in ts) else []
+    small = [tree_map_only(Tensor, _smaller, sample)] if any(_smaller(t).shape!=t.shape for t in plain) else []
     return [tree_map_only(Tensor, other, s) for s in [*small,sample]]
 
 # %% ../nbs/04_fold.ipynb #a6e905dc
@@ -514,13 +508,15 @@ def _merge_branches(model):
 
 def _merge(target, sample):
     "Let timm merge the branches of blocks that know how to; taken back if the outputs change."
-    snap,refs = Snapshot(target),run(target, sample)
-    with preserved(target): _merge_branches(target)
-    outs,merged = run(target, sample),Snapshot(target)
-    snap.restore()
-    exact,double = run_as(target, sample),to_double(target)
+    snap,modes,refs = Snapshot(target),{m:m.training for m in target.modules()},run(target, sample)
+    with preserved(target):
+        _merge_branches(target)
+        merged = Snapshot(target)
+    again,exact,double = run(target, sample),run_as(target, sample),to_double(target)
     _merge_branches(double)
-    if prove(outs, refs, run(target, sample), run_as(double, sample), exact, _eps(target)).ok: merged.restore()
+    merged.restore()
+    for m in target.modules(): m.training = modes.get(m, modes[target])
+    if not prove(run(target, sample), refs, again, run_as(double, sample), exact, _eps(target)).ok: snap.restore()
 
 # %% ../nbs/04_fold.ipynb #5a1c0e08
 def _format(target, sample, snap, auto):

@@ -602,8 +602,10 @@ def _factors(op):
     "The two factors and the added term of a matrix product."
     a = op.args
     if op.name in ('mm','bmm','matmul'): return a.self, a.get('mat2', a.get('other')), a.get('bias')
-    _need(a.get('beta', 1)==1 and a.get('alpha', 1)==1, f"{op.label} weighs its terms")
-    return (a.mat1, a.mat2, a.self) if op.name=='addmm' else (a.batch1, a.batch2, a.self)
+    beta = a.get('beta', 1)
+    _need(beta in (0,1) and a.get('alpha', 1)==1, f"{op.label} weighs its terms")
+    x,w = (a.batch1,a.batch2) if op.name=='baddbmm' else (a.mat1,a.mat2)
+    return x, w, a.self if beta else None
 
 # %% ../nbs/02_rules.ipynb #54f672b6
 def _source(v):
@@ -619,7 +621,8 @@ def _averages(v):
     return v.op.name=='_softmax' or scores is not None and scores.name in ('mm','bmm')
 
 # %% ../nbs/02_rules.ipynb #44a2e70d
-@pull('mm','addmm','bmm','baddbmm')
+_products = ('mm','addmm','bmm','baddbmm','_sparse_addmm')
+@pull(*_products)
 def _(op, out, a, ctx):
     x,w,b = _factors(op)
     _need(x is not w and b is not x and b is not w, f"{op.label} multiplies it with itself")
@@ -650,11 +653,11 @@ def _summed_shift(op, a, v, other, k, ctx):
     return t@m if k==-1 else m@t
 
 # %% ../nbs/02_rules.ipynb #ad6cafed
-@push('mm','addmm','bmm','baddbmm', several=True)
+@push(*_products, several=True)
 def _(op, carried, ctx):
     x,w,b = _factors(op)
-    _need(len(carried)==1 and b not in carried and x is not w, f"{op.label} multiplies it with itself")
-    (v,a), = carried.items()
+    (v,a),*more = carried.items()
+    _need(not more and v is not b and v in (x,w) and x is not w, f"{op.label} multiplies it with itself")
     other,k = (w,-1) if v is x else (x,-2)
     scale,asks = _summed_scale(op, a, other, k)
     shift = _summed_shift(op, a, v, other, k, ctx)

@@ -1,5 +1,5 @@
 "Whatever goes wrong, the model is as it was; and what is folded keeps its dtype, device, memory format and wrappers."
-import gc, random, sys
+import copy, gc, random, sys
 import numpy as np, pytest, torch
 import torch.distributed as dist
 from torch import nn
@@ -212,13 +212,36 @@ class Keeping(nn.Module):
         return x*self.kept[-1]*self.last
 
 def test_what_a_model_keeps_for_later_is_its_own():
-    "A proof in float64 leaves nothing of it in the model."
+    "A fold leaves nothing of it in the modules, and a proof in float64 nothing of it anywhere."
     net = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), Keeping(4))).bfloat16()
     x,folder = sample().bfloat16(),BN_Folder()
     folder.fold(net, x, inplace=True)
     k = net[3]
-    assert folder.result.proof.exact is not None and len(k.kept)>2 and k.by['a']
-    assert all(t.dtype is torch.bfloat16 for t in (*k.kept,*k.by['a'].values(),k.other.last,k.last))
+    assert folder.result.proof.exact is not None and not k.kept and not hasattr(k, 'last')
+    assert k.by['a'] and all(t.dtype is torch.bfloat16 for t in (*k.by['a'].values(),k.other.last))
+
+class Streaming(nn.Module):
+    "Each call goes on where the last one ended, and the first makes a layer."
+    def __init__(self):
+        super().__init__()
+        self.body,self.head,self.hidden,self.calls = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)),None,0,0
+    def forward(self, x):
+        if self.head is None: self.head = nn.Linear(4, 2)
+        self.calls += 1
+        self.hidden = torch.tanh(self.body(x)+self.hidden)
+        return self.head(self.hidden)*self.calls
+
+def test_model_with_a_memory():
+    net,x = randomize_norms(Streaming()),torch.randn(3, 5)
+    before,kept = state(net),copy.deepcopy(net)
+    folder = BN_Folder()
+    new = folder.fold(net, x)
+    assert names_of(folder.result.folded)==['body.1'] and state(net)==before
+    assert new.head is None and new.hidden==new.calls==0 and not torch.is_tensor(new.hidden)
+    torch.manual_seed(3)
+    ref = [kept(x) for _ in range(3)]
+    torch.manual_seed(3)
+    assert all(distance([new(x)], [r])<1e-5 for r in ref)
 
 class Recurrent(nn.Module):
     "Its dtypes are checked before PyTorch sees an operation."
