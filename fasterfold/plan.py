@@ -213,7 +213,8 @@ def _agreed(self:Planner, v, a, met, inside, ctx):
 # %% ../nbs/03_plan.ipynb #345b7d46
 @patch
 def _alone(self:Planner, v):
-    "Raise `Blocked` if the parameter `v` is a view of another, or tied to a module that did not run."
+    "Raise `Blocked` if the parameter `v` is sparse, a view of another, or tied to a module that did not run."
+    if v.tensor is not None and v.tensor.layout is not torch.strided: raise Blocked(f"`{v.names[0]}` is sparse")
     twins = [t for t in self.twins.get(v.store, []) if t is not v]
     if twins: raise Blocked(f"`{v.names[0]}` shares its memory with `{twins[0].names[0]}`")
     owners = {self.owners[n.rpartition('.')[0]]:n for n in v.names}

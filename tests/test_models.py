@@ -114,6 +114,67 @@ def test_graph_network():
     assert [(o.norm,'more than its input' in o.reason) for o in folder.result.kept]==[('norm1',True)]
     check_fold(model, new, graph())
 
+class SparseGraphNet(nn.Module):
+    "A graph network whose edges are a sparse matrix, given or its own."
+    def __init__(self, product, adj=None, n=(5,8,6)):
+        super().__init__()
+        self.lins,self.norms = (nn.ModuleList(o) for o in ([nn.Linear(i, o, bias=False) for i,o in zip(n, n[1:])],[nn.BatchNorm1d(o) for o in n[1:]]))
+        self.bias,self.product = nn.ParameterList([torch.randn(o) for o in n[1:]]),product
+        self.register_buffer('adj', adj)
+    def forward(self, x, adj=None):
+        for lin,norm,b in zip(self.lins, self.norms, self.bias): x = norm(self.product(self.adj if adj is None else adj, lin(x))+b).relu()
+        return x
+
+@pytest.mark.parametrize('product', [torch.mm,torch.sparse.mm,torch.spmm])
+@pytest.mark.parametrize('layout', [torch.sparse_coo,torch.sparse_csr])
+def test_sparse_graph_network(product, layout):
+    "Kipf's graph convolution: a sparse matrix times what a linear layer made."
+    def edges(): return (torch.rand(7, 7)*(torch.rand(7, 7)>.6)).to_sparse(layout=layout)
+    given,own = SparseGraphNet(product),SparseGraphNet(product, edges())
+    for model,sample in ((given,lambda: (torch.randn(7, 5),edges())),(own,lambda: (torch.randn(7, 5),))):
+        folder = BN_Folder()
+        new = folder.fold(randomize_norms(model), sample())
+        assert names_of(folder.result.folded)==['norms.0','norms.1']
+        x = sample()
+        assert distance(run(new, x), run(model, x))<1e-5 and count_norm_calls(new, x)==0
+
+def test_sparse_weight_stays():
+    "One channel could be scaled in the matrix as well."
+    model = randomize_norms(SparseGraphNet(torch.mm, torch.eye(7).to_sparse(), (5,1)))
+    before,new = model.adj.to_dense(),BN_Folder().fold(model, torch.randn(7, 5), inplace=True)
+    assert torch.equal(new.adj.to_dense(), before)
+
+class Ragged(nn.Module):
+    "Texts of different lengths: a transformer that skips the padding, and a list of texts."
+    def __init__(self):
+        super().__init__()
+        self.embed,self.norm,self.head = nn.Embedding(9, 8),nn.BatchNorm1d(8),nn.Linear(8, 4)
+        self.body = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+        self.last = nn.BatchNorm1d(4)
+    def forward(self, x):
+        y = self.norm(self.embed(x).transpose(1, 2)).transpose(1, 2)
+        y = self.body(y, src_key_padding_mask=x==0)
+        y = self.last(self.head(y).transpose(1, 2)).transpose(1, 2)
+        return y,torch.nested.as_nested_tensor([t[:int(n)] for t,n in zip(y, (x>0).sum(1))])
+
+@pytest.mark.filterwarnings('ignore:.*nested tensors')
+def test_nested_tensors():
+    model,folder = randomize_norms(Ragged()),BN_Folder()
+    x = torch.randint(1, 9, (3, 7)).where(torch.arange(7)<torch.tensor([[7],[4],[2]]), 0)
+    new = folder.fold(model, x)
+    assert names_of(folder.result.folded)==['norm','last'] and not folder.result.kept
+    outs,refs = run(new, x),run(model, x)
+    assert len(outs)==4 and distance(outs, refs)<1e-5
+
+@pytest.mark.parametrize('layout', [torch.strided,torch.jagged])
+def test_nested_sample(layout):
+    class Padded(nn.Sequential):
+        def forward(self, x): return super().forward(x.to_padded_tensor(0.).transpose(1, 2))
+    model,folder = randomize_norms(Padded(nn.Conv1d(5, 4, 1), nn.BatchNorm1d(4))),BN_Folder()
+    x = torch.nested.nested_tensor([torch.randn(n, 5) for n in (3,6)], layout=layout)
+    new = folder.fold(model, x)
+    assert names_of(folder.result.folded)==['1'] and distance(run(new, x), run(model, x))<1e-5
+
 def test_crop():
     "A convolution, a crop, a norm: what is cropped may be scaled too, unless it is read elsewhere."
     class Crop(nn.Module):

@@ -211,6 +211,8 @@ case(A.mm.default, T(3,3), T(3,3))
 case(A.bmm.default, T(2,3,3), T(2,3,3))
 case(A.addmm.default, W(3), T(3,3), T(3,3))
 case(A.addmm.default, W(5), T(2,3), W(3,5), beta=.5, alpha=2.)
+for f in (A.addmm.default,A._sparse_addmm.default):
+    for beta in (0,1): case(f, W(5), T(2,3), W(3,5), beta=beta)
 for mask in (None,masked(3,4)):
     for causal in (True,False):
         if mask is None or not causal:
