@@ -358,6 +358,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fasterfold.trace.Tracer._should_skip_dynamo': ( 'trace.html#tracer._should_skip_dynamo',
                                                                                    'fasterfold/trace.py'),
                                   'fasterfold.trace.Tracer._watch': ('trace.html#tracer._watch', 'fasterfold/trace.py'),
+                                  'fasterfold.trace.Tracer.outliving': ('trace.html#tracer.outliving', 'fasterfold/trace.py'),
                                   'fasterfold.trace.Tracer.value': ('trace.html#tracer.value', 'fasterfold/trace.py'),
                                   'fasterfold.trace.Value': ('trace.html#value', 'fasterfold/trace.py'),
                                   'fasterfold.trace.Value.__repr__': ('trace.html#value.__repr__', 'fasterfold/trace.py'),

@@ -405,6 +405,16 @@ def growing():
     finally:
         if on: gc.enable()
 
+# %% ../nbs/01_trace.ipynb #8564b2c8
+@patch
+def outliving(self:Tracer):
+    "The values, other than outputs, whose tensors are still there."
+    known = {id(t._base) for t in self.graph.results} | {id(v.tensor) for v in self.graph.leaves}
+    def found(): return [v for ref,v in self.known.items.values() if (t := ref()) is not None and v.kind=='op' and not v.const and not v.is_output and id(t) not in known]
+    if not found(): return []
+    gc.collect()
+    return found()
+
 # %% ../nbs/01_trace.ipynb #9478a644
 def _shapes(sample): return ', '.join(str(tuple(t.shape)) for t in tensors_of(sample))
 
@@ -420,6 +430,7 @@ def _record(model, sample):
         graph.results = tensors_of(out)
         graph.outputs = [tracer.value(t) for t in graph.results]
     for v in graph.outputs: v.is_output = True
+    for v in tracer.outliving(): v.hooks.append('what outlives the forward pass')
     for op in graph.ops: _add_absent(op, graph, known)
     return graph
 

@@ -126,6 +126,21 @@ def test_output_of_norm_written_later():
         return m.conv2(z.add_(1)),y
     folds(Fn(f, conv1=conv(), norm=nn.BatchNorm2d(4), conv2=conv(4, 4, 1)), image(), kept='norm')
 
+class Box:
+    __slots__ = 'held',
+    def __init__(self, held): self.held = held
+
+aside = []
+@pytest.mark.parametrize('where', [Box,lambda y: {y},lambda y: aside.append(y),lambda y: lambda: y])
+def test_output_where_nobody_looks(where):
+    "What a model returns in an object that PyTorch cannot look into, or puts aside, is seen as well."
+    def f(m, x):
+        y = m.conv(x)
+        return m.norm(y).relu(),where(y)
+    folds(Fn(f, conv=conv(), norm=nn.BatchNorm2d(4)), image(), kept='norm')
+    folds(Fn(lambda m, x: (m.norm(m.conv(x)).relu(),where(x*2)), conv=conv(), norm=nn.BatchNorm2d(4)), image(), folded='norm')
+    aside.clear()
+
 # ---- proof
 
 @pytest.fixture
