@@ -141,6 +141,12 @@ def test_output_where_nobody_looks(where):
     folds(Fn(lambda m, x: (m.norm(m.conv(x)).relu(),where(x*2)), conv=conv(), norm=nn.BatchNorm2d(4)), image(), folded='norm')
     aside.clear()
 
+def test_attribute_that_a_layer_keeps():
+    def f(m, x):
+        m.seen = y = m.conv(x)
+        return m.norm(y).relu()
+    folds(Fn(f, conv=conv(), norm=nn.BatchNorm2d(4)), image(), kept='norm')
+
 # ---- proof
 
 @pytest.fixture
