@@ -143,7 +143,7 @@ def growing():
 def _refill(o, old):
     "Let a dict, set or list hold again what it held."
     same = len(o)==len(old) and (o==old if isinstance(o, set) else all(map(is_, o, old)))
-    if same and (not old or not isinstance(o, dict) or all(map(is_, o.values(), old.values()))): return
+    if same and (not isinstance(o, dict) or all(map(is_, o.values(), old.values()))): return
     o.clear()
     (o.extend if isinstance(o, list) else o.update)(old)
 
@@ -153,16 +153,18 @@ class Structure:
     def __init__(self,
         model:nn.Module, # Any model
     ):
-        def held(m): return {id(o):o.copy() for o in vars(m).values() if isinstance(o, (dict,set,list)) and o}
-        self.modules = [(m, m.__class__, vars(m).copy(), held(m)) for m in model.modules()]
+        self.modules = []
+        for m in model.modules():
+            held = [o for o in vars(m).values() if isinstance(o, (dict,set,list))]
+            self.modules.append((m, m.__class__, vars(m).copy(), [o for o in held if not o], [(o, o.copy()) for o in held if o]))
 
     def restore(self):
         "Let each module be and hold that again."
-        for m,cls,attrs,held in self.modules:
+        for m,cls,attrs,empty,full in self.modules:
             if m.__class__ is not cls: m.__class__ = cls
             _refill(vars(m), attrs)
-            for o in attrs.values():
-                if isinstance(o, (dict,set,list)) and (o or id(o) in held): _refill(o, held.get(id(o), ()))
+            for o in filter(None, empty): o.clear()
+            for o,old in full: _refill(o, old)
 
 # %% ../nbs/01_trace.ipynb #0940e464
 def _rng_state():
@@ -180,9 +182,10 @@ def preserved(
 ):
     "Run `model` in eval mode without gradients; what its modules hold, buffers and RNG state are as before afterwards."
     before,rng = Structure(model),_rng_state()
-    buffers = [(b, b._version, b.clone()) for b in model.buffers()]
+    modules = [m for m,*_ in before.modules]
+    buffers = [(b, b._version, b.clone()) for m in modules for b in m._buffers.values() if b is not None]
     try:
-        if any(m.training for m in model.modules()): model.eval()
+        if any(m.training for m in modules): model.eval()
         with torch.no_grad(): yield
     finally:
         before.restore()
