@@ -380,6 +380,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fasterfold.trace._copied': ('trace.html#_copied', 'fasterfold/trace.py'),
                                   'fasterfold.trace._draw': ('trace.html#_draw', 'fasterfold/trace.py'),
                                   'fasterfold.trace._hook_name': ('trace.html#_hook_name', 'fasterfold/trace.py'),
+                                  'fasterfold.trace._is_plain': ('trace.html#_is_plain', 'fasterfold/trace.py'),
                                   'fasterfold.trace._record': ('trace.html#_record', 'fasterfold/trace.py'),
                                   'fasterfold.trace._refill': ('trace.html#_refill', 'fasterfold/trace.py'),
                                   'fasterfold.trace._rng_state': ('trace.html#_rng_state', 'fasterfold/trace.py'),

@@ -17,7 +17,7 @@ from torch import nn, Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook, register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map
 from fastcore.basics import AttrDict, patch
 
 # %% ../nbs/01_trace.ipynb #23844163
@@ -104,17 +104,23 @@ class Graph:
     modules:dict = field(default_factory=dict) # Module to its qualified names
 
 # %% ../nbs/01_trace.ipynb #f9d1edff
+def _is_plain(o): return hasattr(o, '__dict__') and not isinstance(o, (type,nn.Module))
+
 def as_args(
     sample, # A tuple is positional arguments, a dict keyword arguments, anything else one argument
 )->tuple: # (args, kwargs)
-    "`sample` as the arguments of a call, with copies of its tensors: plain ones, that the model may write to."
+    "`sample` as the arguments of a call, with copies of its tensors and objects, that the model may write to. Tensors become plain ones."
     copies = {}
-    def copied(t):
-        if id(t) in copies: return copies[id(t)]
+    def tensor(t):
         plain = t if type(t) is Tensor or is_traceable_wrapper_subclass(t) else t.as_subclass(Tensor)
-        copies[id(t)] = plain.detach().clone()
-        return copies[id(t)]
-    sample = tree_map_only(Tensor, copied, sample)
+        return plain.detach().clone()
+    def other(o):
+        try: return copy.deepcopy(o, copies)
+        except Exception: return o # not everything can be copied
+    def copied(o):
+        if id(o) not in copies: copies[id(o)] = (tensor if isinstance(o, Tensor) else other)(o)
+        return copies[id(o)]
+    sample = tree_map(lambda o: copied(o) if isinstance(o, Tensor) or _is_plain(o) else o, sample)
     if isinstance(sample, tuple): return tuple(sample),{}
     return ((),dict(sample)) if isinstance(sample, dict) else ((sample,),{})
 
@@ -123,10 +129,14 @@ def tensors_of(
     out, # Anything a model returns
 )->list: # Its tensors, in a fixed order
     "The tensors in a structure, attributes of plain objects and parts of nested tensors included."
-    res = []
-    for leaf in tree_flatten(out)[0]:
-        if isinstance(leaf, Tensor): res += leaf.unbind() if leaf.is_nested else [leaf]
-        elif hasattr(leaf, '__dict__') and not isinstance(leaf, (type,nn.Module)): res += tensors_of(dict(vars(leaf)))
+    res,seen = [],set()
+    def look(o):
+        for leaf in tree_flatten(o)[0]:
+            if isinstance(leaf, Tensor): res.extend(leaf.unbind() if leaf.is_nested else [leaf])
+            elif _is_plain(leaf) and id(leaf) not in seen:
+                seen.add(id(leaf)) # objects may know one another
+                look(dict(vars(leaf)))
+    look(out)
     return res
 
 # %% ../nbs/01_trace.ipynb #3fa07c12

@@ -243,6 +243,23 @@ def test_model_with_a_memory():
     torch.manual_seed(3)
     assert all(distance([new(x)], [r])<1e-5 for r in ref)
 
+class Batch:
+    "What a data loader of another library may give: an object, which here knows itself."
+    def __init__(self, x): self.x,self.me = x,self
+
+class WritesToIt(nn.Sequential):
+    def forward(self, b):
+        b.x = super().forward(b.x.mul_(2))
+        return b
+
+def test_sample_that_is_an_object():
+    net,batch = randomize_norms(WritesToIt(nn.Linear(5, 4), nn.BatchNorm1d(4))),Batch(torch.randn(3, 5))
+    x,old = batch.x,batch.x.clone()
+    folder = BN_Folder()
+    new = folder.fold(net, batch)
+    assert names_of(folder.result.folded)==['1'] and batch.x is x and torch.equal(x, old)
+    check_fold(nn.Sequential(*net), nn.Sequential(*new), old)
+
 class Recurrent(nn.Module):
     "Its dtypes are checked before PyTorch sees an operation."
     def __init__(self):
