@@ -175,6 +175,19 @@ def _(op, carried, ctx):
     one,many = _copies(op)
     return [(op.out, reshaped(reshaped(carried[op.args.self], op.args.self.shape, one), many, op.out.shape))], []
 
+# %% ../nbs/02_rules.ipynb #0e38bb14
+@pull('unfold')
+def _(op, out, a, ctx):
+    v,d = op.args.self,op.args.dimension
+    _need(a.constant(d%max(v.rank, 1), -1), f"{op.label} copies it, and the copies differ")
+    return [(v, a.map(lambda t: t[...,0]))]
+
+@push('unfold')
+def _(op, carried, ctx):
+    v,d = op.args.self,op.args.dimension
+    def windows(t): return t.unfold(d, op.args.size, op.args.step) if v.rank and t.shape[d]>1 else t[...,None]
+    return [(op.out, carried[v].map(windows))], []
+
 # %% ../nbs/02_rules.ipynb #e1102f78
 CUT = {}
 def cut(*names):

@@ -340,7 +340,7 @@ def view(b, i):
     order = tuple(b.int(0, k) for k in range(r))
     if r>1: fs += [lambda net,x,d=d: x.flatten(d, d+1), lambda net,x: x.flatten(1), lambda net,x,d=d: x.transpose(d, d+1),
         lambda net,x,p=order: x.permute(_perm(p)), lambda net,x: x.squeeze()]
-    if r<5: fs += [lambda net,x,d=d: x.unsqueeze(d), lambda net,x: x[None].expand(2, *x.shape)]
+    if r<5: fs += [lambda net,x,d=d: x.unsqueeze(d), lambda net,x: x[None].expand(2, *x.shape), lambda net,x,n=b.int(1, s[d]): x.unfold(d, n, 1)]
     if r>1 and s[1]%2==0 and r<5: fs += [lambda net,x: x.unflatten(1, (2,x.shape[1]//2)), lambda net,x: x.unflatten(1, (x.shape[1]//2,2))]
     fs.append(lambda net,x,reps=tuple(b.int(1, 2) for _ in s): x.repeat(*reps))
     b.add(b.pick(*fs), i)

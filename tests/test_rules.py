@@ -69,6 +69,8 @@ for x in each:
         case(A.split_with_sizes.default, x, [1,x.shape[d]-1] if x.shape[d]>1 else [1], d)
         case(A.flip.default, x, [d])
         case(A.roll.default, x, [1], [d])
+        case(A.unfold.default, x, d, 1, 2)
+        case(A.unfold.default, x, d, min(2, x.shape[d]), 1)
         for role in ('weight','plain'):
             for make in (lambda s,n=x.shape[d]: torch.arange(4)%n, lambda s,n=x.shape[d]: torch.randperm(n)[:2]):
                 case(A.index_select.default, x, d, Arg(4, make=make, role=role))
