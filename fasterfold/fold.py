@@ -475,9 +475,10 @@ def _at_fault(
 @patch
 def _blame(self:BN_Folder, target, graph, exclude, tests):
     "Find the first norm whose fold cannot be proved, and add it to `exclude`."
-    names = [o.norm for o in plan_folds(graph, exclude).folded]
+    plan = plan_folds(graph, exclude)
+    names,stay = [o.norm for o in plan.folded],{o.norm:'' for o in plan.kept} # else these might fold where the others do not
     def check(k):
-        self._try(target, graph, exclude | {n:'' for n in names[k:]})
+        self._try(target, graph, exclude | stay | {n:'' for n in names[k:]})
         try: return self._check(target, tests)
         finally: self._back()
     if not check(0).ok: raise FoldError("The model returns different outputs for the same input, so no fold can be verified. Make it deterministic in eval mode, or pass `verify=False`.")

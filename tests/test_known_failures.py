@@ -206,6 +206,18 @@ def test_fold_that_holds_for_one_image_size_only():
     assert 'failed verification' in reason(folder.result, 'norm')
     assert distance(run(new, x:=double(2, 4, 100, 100)), run(net, x))==0
 
+def test_either_of_two_norms_could_go():
+    "Each could go into the other, and only one batch size calls both: while one is put to the proof, the other must not go in its place."
+    def f(m, x):
+        y = m.first(m.conv(x))
+        return m.second(y) if len(x)==1 else y
+    net,x = randomize_norms(Fn(f, conv=conv(), first=nn.BatchNorm2d(4), second=nn.BatchNorm2d(4))).double(),double(1, 3, 9, 9)
+    net.conv.register_forward_hook(lambda m,args,out: None)
+    folder = BN_Folder()
+    new = folder.fold(net, x)
+    assert sorted(names_of(folder.result.kept))==['first','second'] and all('failed verification' in o.reason for o in folder.result.kept)
+    assert distance(run(new, x), run(net, x))==0
+
 @pytest.mark.parametrize('leave', [lambda y: y.data*2, lambda y: torch.from_numpy(y.numpy()*2), lambda y: torch.tensor(y.tolist())*2])
 def test_value_that_leaves_the_graph(leave):
     net,x = randomize_norms(Fn(lambda m,x: m.norm(y:=m.conv(x))+leave(y), conv=conv(), norm=nn.BatchNorm2d(4))).double(),image()
