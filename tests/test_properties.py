@@ -219,7 +219,7 @@ def again(b, i):
     k,m = b.pick(*old)
     if isinstance(m, nn.GroupNorm) and lone(m.num_groups, b.vals[i]): return
     try: b.call(k, i)
-    except (RuntimeError,ValueError,AssertionError): pass # it takes another shape
+    except (RuntimeError,ValueError,IndexError,AssertionError): pass # it takes another shape
 @kind()
 def weight_as_function(b, i):
     "A convolution's weight is used a second time, by a function."
