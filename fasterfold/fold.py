@@ -20,7 +20,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.weak import WeakIdKeyDictionary
 from .affine import all_finite
 from .plan import FoldPlan, plan_folds
-from .trace import FoldError, Graph, Structure, Tracer, as_args, check_model, copy_model, growing, infer_sample, preserved, tensors_of, trace
+from .trace import FoldError, Graph, Structure, Tracer, as_args, check_model, copy_model, growing, infer_sample, is_dense, preserved, tensors_of, trace
 
 # %% ../nbs/04_fold.ipynb #026fdda5
 class Snapshot:
@@ -246,11 +246,9 @@ def prove(
     return Proof(distance(outs, refs), _largest(outs, refs), own, near, struct, ok)
 
 # %% ../nbs/04_fold.ipynb #d2c844ea
-def _plain(t): return t.layout is torch.strided and not t.is_nested
-
 def _smaller(t):
     "Images at about a quarter of their size if they are large: a view."
-    if t.dim()<4 or not t.is_floating_point() or not _plain(t): return t
+    if t.dim()<4 or not t.is_floating_point() or not is_dense(t): return t
     h,w = (max(64, -(-s//128)*32) for s in t.shape[-2:])
     return t[...,:h,:w]
 
@@ -259,16 +257,16 @@ def other_samples(
 )->list: # Empty if it holds no floating-point batch
     "Samples with another batch size and other numbers: one with smaller images, if `sample` has large ones, and one with images as they are. Sparse and nested tensors stay as they are, and then so does the batch size."
     ts = [t for t in tree_flatten(sample)[0] if isinstance(t, Tensor) and t.dim()]
-    plain = [t for t in ts if _plain(t)]
-    if not any(t.is_floating_point() for t in plain): return []
-    n = plain[0].shape[0]
-    batch = len(plain)==len(ts) and all(t.shape[0]==n for t in ts)
+    dense = [t for t in ts if is_dense(t)]
+    if not any(t.is_floating_point() for t in dense): return []
+    n = dense[0].shape[0]
+    batch = len(dense)==len(ts) and all(t.shape[0]==n for t in ts)
     def other(t):
-        if not t.dim() or not _plain(t): return t
+        if not t.dim() or not is_dense(t): return t
         if batch and n>1: t = t[:1]
         u = -t if t.is_floating_point() else t
         return torch.cat([t,u]) if batch and n==1 else u
-    small = [tree_map_only(Tensor, _smaller, sample)] if any(_smaller(t).shape!=t.shape for t in plain) else []
+    small = [tree_map_only(Tensor, _smaller, sample)] if any(_smaller(t).shape!=t.shape for t in dense) else []
     return [tree_map_only(Tensor, other, s) for s in [*small,sample]]
 
 # %% ../nbs/04_fold.ipynb #a6e905dc

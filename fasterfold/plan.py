@@ -13,7 +13,7 @@ from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from fastcore.basics import patch
 from .affine import Affine
-from .trace import Graph, Value, Call, growing, user_hooks
+from .trace import Graph, Value, Call, growing, is_dense, user_hooks
 from .rules import BESIDE, Blocked, Context, constant_map, pull_through, push_through, terms
 
 # %% ../nbs/03_plan.ipynb #810c01a1
@@ -213,8 +213,8 @@ def _agreed(self:Planner, v, a, met, inside, ctx):
 # %% ../nbs/03_plan.ipynb #345b7d46
 @patch
 def _alone(self:Planner, v):
-    "Raise `Blocked` if the parameter `v` is sparse, a view of another, or tied to a module that did not run."
-    if v.tensor is not None and v.tensor.layout is not torch.strided: raise Blocked(f"`{v.names[0]}` is sparse")
+    "Raise `Blocked` if the parameter `v` is sparse or nested, a view of another, or tied to a module that did not run."
+    if v.tensor is not None and not is_dense(v.tensor): raise Blocked(f"`{v.names[0]}` is sparse or nested")
     twins = [t for t in self.twins.get(v.store, []) if t is not v]
     if twins: raise Blocked(f"`{v.names[0]}` shares its memory with `{twins[0].names[0]}`")
     owners = {self.owners[n.rpartition('.')[0]]:n for n in v.names}

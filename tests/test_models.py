@@ -5,7 +5,7 @@ from fastai.vision.all import create_unet_model,create_vision_model,resnet18,xre
 from fastai.vision.gan import basic_critic,basic_generator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from fasterfold.trace import FoldError
+from fasterfold.trace import FoldError,tensors_of
 from helpers import *
 
 T = torchvision.models
@@ -166,14 +166,27 @@ def test_nested_tensors():
     outs,refs = run(new, x),run(model, x)
     assert len(outs)==4 and distance(outs, refs)<1e-5
 
+class Padded(nn.Sequential):
+    def forward(self, x): return super().forward(x.to_padded_tensor(0.).transpose(1, 2))
+
 @pytest.mark.parametrize('layout', [torch.strided,torch.jagged])
 def test_nested_sample(layout):
-    class Padded(nn.Sequential):
-        def forward(self, x): return super().forward(x.to_padded_tensor(0.).transpose(1, 2))
     model,folder = randomize_norms(Padded(nn.Conv1d(5, 4, 1), nn.BatchNorm1d(4))),BN_Folder()
     x = torch.nested.nested_tensor([torch.randn(n, 5) for n in (3,6)], layout=layout)
     new = folder.fold(model, x)
     assert names_of(folder.result.folded)==['1'] and distance(run(new, x), run(model, x))<1e-5
+
+class OwnTexts(Padded):
+    def forward(self, x): return super().forward(self.texts*x)
+
+@pytest.mark.parametrize('layout', [torch.strided,torch.jagged])
+def test_nested_buffer(layout):
+    model,folder = randomize_norms(OwnTexts(nn.Conv1d(5, 4, 1), nn.BatchNorm1d(4))),BN_Folder()
+    model.register_buffer('texts', torch.nested.nested_tensor([torch.randn(n, 5) for n in (3,6)], layout=layout))
+    x = torch.randn(())
+    new = folder.fold(model, x)
+    assert names_of(folder.result.folded)==['1'] and distance(run(new, x), run(model, x))<1e-5
+    assert new.texts is not model.texts and distance(tensors_of(new.texts), tensors_of(model.texts))==0
 
 def test_crop():
     "A convolution, a crop, a norm: what is cropped may be scaled too, unless it is read elsewhere."
