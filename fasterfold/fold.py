@@ -20,7 +20,8 @@ from torch.utils.benchmark import Timer
 from torch.utils.weak import WeakIdKeyDictionary
 from .affine import all_finite
 from .plan import FoldPlan, plan_folds
-from .trace import FoldError, Graph, Structure, Tracer, as_args, check_model, copy_model, growing, infer_sample, is_dense, preserved, tensors_of, trace
+from .trace import FoldError, Graph, Structure, Tracer, as_args, check_model, copy_model, infer_sample, preserved, tensors_of, trace
+from .trace import growing, is_dense
 
 # %% ../nbs/04_fold.ipynb #026fdda5
 class Snapshot:

@@ -37,7 +37,7 @@ class Value:
     tensor:Tensor = None # The tensor itself, for leaves that are not inputs
     names:tuple = () # Qualified names of a parameter or buffer
     users:list = field(default_factory=list) # Operations that read it
-    hooks:list = field(default_factory=list) # Names of modules whose user hooks see it
+    hooks:list = field(default_factory=list) # What else sees it: user hooks, or whatever outlives the pass
     is_output:bool = False # Does the model return it?
     const:bool = False # Is it computed from parameters, buffers and numbers alone?
     time:int = -1 # Index of the operation that made it
@@ -441,8 +441,8 @@ def _add_absent(op, graph, known):
 @patch
 def outliving(self:Tracer):
     "The values, other than outputs, whose tensors are still there."
-    known = {id(t._base) for t in self.graph.results} | {id(v.tensor) for v in self.graph.leaves}
-    living = [v for ref,v in self.known.items.values() if (t := ref()) is not None and id(t) not in known]
+    ours = {id(t._base) for t in self.graph.results} | {id(v.tensor) for v in self.graph.leaves}
+    living = [v for ref,v in self.known.items.values() if (t := ref()) is not None and id(t) not in ours]
     return [v for v in living if v.kind=='op' and not v.const and not v.is_output]
 
 # %% ../nbs/01_trace.ipynb #9478a644
