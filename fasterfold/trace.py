@@ -117,6 +117,7 @@ class _Detached(TorchFunctionMode):
             t,memo = args
             memo[id(t)] = res = t.detach().clone()
             return res
+        if func is Tensor.clone and not is_dense(args[0]): kwargs = None # parameters ask for a memory format
         return func(*args, **(kwargs or {}))
 
 # %% ../nbs/01_trace.ipynb #f9d1edff
