@@ -88,5 +88,7 @@ def write(
     to:Path, # Folder for their stubs
 ):
     "Write a stub for each module of `package`."
-    to.mkdir(parents=True, exist_ok=True)
-    for p in package.glob('*.py'): (to/f'{p.stem}.pyi').write_text(stub(p.read_text(encoding='utf-8')), encoding='utf-8')
+    for p in package.rglob('*.py'):
+        out = to/p.relative_to(package).with_suffix('.pyi')
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(stub(p.read_text(encoding='utf-8')), encoding='utf-8')

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from common import chain, described, environment, hostile, in_turns, load, ms, ratio, results, save, slope, stats, table, timer, times, typical
 from fasterfold.fold import BN_Folder
-from fasterfold.report import count_parameters, model_size
-from fasterfold.trace import copy_model
+from fasterfold.latency import count_parameters, model_size
+from fasterfold.state import copy_model
 from peers import load_peers, peers
 
 all_models = 'resnet18','resnet50','mobilenet_v3_large','efficientnet_b0','regnet_y_800mf','wide_resnet50_2'

@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from common import (by_variant, chain, described, environment, grouped, helped, hostile, in_turns, load, ms, ratio, results, save, slope, stats,
     table, timer, times)
-from fasterfold.fold import BN_Folder, distance
-from fasterfold.report import count_parameters
-from fasterfold.trace import copy_model
+from fasterfold.proof import distance
+from fasterfold.fold import BN_Folder
+from fasterfold.latency import count_parameters
+from fasterfold.state import copy_model
 from peers import load_peers, peers
 
 batches = 1,16

@@ -29,7 +29,7 @@ def _link(app, pagename, templatename, context, doctree):
     def known(name, imported): return name in api and (api[name][1] or name in own or name in imported)
     def code(m):
         text = re.sub('<[^>]+>', '', m[2])
-        imported = {n.strip() for line in re.findall(r'from fasterfold\.\w+ import ([\w, ]+)', text) for n in line.split(',')} | seen
+        imported = {n.strip() for line in re.findall(r'from fasterfold[\w.]* import ([\w, ]+)', text) for n in line.split(',')} | seen
         seen.update(imported)
         def name(n):
             a,b = n[1],n[2]

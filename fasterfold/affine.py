@@ -84,6 +84,10 @@ class Affine:
         shape[dim] = -1
         def full(t, default): return torch.full(one, default, dtype=torch.float64) if t is None else t.double().reshape(shape)
         return cls(full(scale, 1.), full(shift, 0.))
+    @classmethod
+    def scaling(cls, scale):
+        "The map that multiplies by `scale` and adds nothing."
+        return cls(scale, torch.zeros([1]*scale.dim(), dtype=torch.float64)).collapse()
 
     def __post_init__(self): assert self.scale.dim()==self.shift.dim()
     def __repr__(self): return f"Affine(scale {tuple(self.scale.shape)}, shift {tuple(self.shift.shape)})"

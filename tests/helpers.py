@@ -3,7 +3,8 @@ import random
 import numpy as np, torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from fasterfold.fold import BN_Folder,distance,run,to_double
+from fasterfold.proof import distance,run,to_double
+from fasterfold.fold import BN_Folder
 
 def randomize_norms(
     model:nn.Module, # Changed in place

@@ -8,7 +8,8 @@ from torch import nn
 from typer.testing import CliRunner
 from safetensors.torch import load_model,save_model
 from fasterfold.cli import app,digit_images
-from fasterfold.fold import BN_Folder,distance,run,to_double
+from fasterfold.proof import distance,run,to_double
+from fasterfold.fold import BN_Folder
 from helpers import count_norm_calls,randomize_norms
 
 pytestmark = pytest.mark.filterwarnings('ignore:load_learner')

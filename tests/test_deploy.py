@@ -6,8 +6,9 @@ from fastai.torch_core import set_seed
 from torch import nn
 from torch.ao.quantization import get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import convert_fx,prepare_fx
-from fasterfold.fold import BN_Folder,distance,run,to_double
-from fasterfold.trace import tensors_of
+from fasterfold.proof import distance,run,to_double
+from fasterfold.fold import BN_Folder
+from fasterfold.sample import tensors_of
 from helpers import eps_of,randomize_norms
 from learners import KINDS
 

@@ -4,7 +4,8 @@ import pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import cross_entropy
-from fasterfold.fold import BN_Folder,run,to_double
+from fasterfold.proof import run,to_double
+from fasterfold.fold import BN_Folder
 from helpers import eps_of,randomize_norms
 
 N = 2

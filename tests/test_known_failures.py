@@ -9,9 +9,9 @@ from fastai.layers import BatchNorm1dFlat
 from torch import nn
 from torch.nn.utils import parametrize,parametrizations
 from torchvision.ops import FrozenBatchNorm2d
-from fasterfold.report import latency
+from fasterfold.latency import latency
 from fasterfold.rules import PULL
-from fasterfold.trace import FoldError
+from fasterfold.state import FoldError
 from helpers import *
 
 def double(*shape): return torch.randn(*shape, dtype=torch.float64)

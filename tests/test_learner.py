@@ -15,7 +15,7 @@ from fastcore.basics import defaults
 from fasterfold.fold import BN_Folder
 from fasterfold.learner import FoldCallback,FoldedValidation
 from fasterfold.report import report
-from fasterfold.trace import FoldError
+from fasterfold.state import FoldError
 from helpers import check_fold
 from learners import KINDS,classes,plain,train,uses
 

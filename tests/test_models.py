@@ -5,7 +5,8 @@ from fastai.vision.all import create_unet_model,create_vision_model,resnet18,xre
 from fastai.vision.gan import basic_critic,basic_generator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from fasterfold.trace import FoldError,tensors_of
+from fasterfold.state import FoldError
+from fasterfold.sample import tensors_of
 from helpers import *
 
 T = torchvision.models

@@ -8,7 +8,7 @@ from packaging.requirements import Requirement
 import fasterfold
 
 root = Path(__file__).parent.parent
-modules = sorted((root/'fasterfold').glob('*.py'))
+modules = sorted((root/'fasterfold').rglob('*.py'))
 
 def settings():
     ini = ConfigParser(delimiters=['='], interpolation=None)
@@ -42,7 +42,7 @@ def test_command_is_installed():
     ep, = im.entry_points(group='console_scripts', name='fasterfold')
     assert callable(ep.load())
 
-@pytest.mark.parametrize('path', modules, ids=lambda p:p.name)
+@pytest.mark.parametrize('path', modules, ids=lambda p:str(p.relative_to(root)))
 def test_parses_on_the_oldest_python(path):
     oldest = tuple(map(int, re.search(r'(\d+)\.(\d+)', settings()['python']).groups()))
     ast.parse(path.read_text(encoding='utf-8'), feature_version=oldest)
@@ -65,8 +65,35 @@ def import_hidden():
     assert {'nbdev','pytest','hypothesis','timm','IPython'} <= hidden.tops
     for o in hidden.tops & set(sys.modules): del sys.modules[o]
     sys.meta_path.insert(0, hidden)
-    for p in modules: importlib.import_module('fasterfold' if p.stem=='__init__' else f'fasterfold.{p.stem}')
+    for p in modules: importlib.import_module('.'.join(p.relative_to(root).with_suffix('').parts).removesuffix('.__init__'))
     print('imported', len(modules))
+
+# Data flows down, never up: a module imports from those before it
+ROOMS = """affine state sample trace rules.core rules.check rules.shapes rules.windows rules.arithmetic rules.products rules.norms
+    find plan edit proof fold table latency report learner files cli""".split()
+
+def imports_of(path):
+    "The modules of the package that the module at `path` imports, wherever in it."
+    here = path.relative_to(root).with_suffix('').parts
+    for o in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(o, ast.ImportFrom):
+            base = [*here[:len(here)-o.level]] if o.level else []
+            full = '.'.join(filter(None, [*base, o.module or '']))
+            yield from (f'{full}.{n.name}' if f'{full}.{n.name}'.removeprefix('fasterfold.') in ROOMS else full for n in o.names)
+        elif isinstance(o, ast.Import): yield from (n.name for n in o.names)
+
+@pytest.mark.parametrize('room', ROOMS)
+def test_data_flows_down(room):
+    above = ROOMS[:ROOMS.index(room)]
+    used = {o.removeprefix('fasterfold.') for o in imports_of(root/'fasterfold'/f"{room.replace('.', '/')}.py") if o.startswith('fasterfold.')}
+    if 'rules' in used: # all of them
+        assert 'rules.norms' in above
+        used -= {'rules'}
+    assert used<={*above}, f"{room} imports from {used-{*above}}, which come after it"
+
+def test_every_module_has_its_place():
+    have = {'.'.join(p.relative_to(root/'fasterfold').with_suffix('').parts) for p in modules}
+    assert have-{'__init__','all','_modidx','rules.__init__'}=={*ROOMS}
 
 def test_runs_without_development_tools():
     res = subprocess.run([sys.executable, '-c', 'from test_package import import_hidden; import_hidden()'],

@@ -7,8 +7,10 @@ import matplotlib.pyplot as plt, pytest, torch
 from matplotlib.colors import to_rgb
 from torch import nn
 from fasterfold.fold import BN_Folder
-from fasterfold.plan import FoldPlan,Folded,Kept
-from fasterfold.report import FoldReport,compare,count_parameters,folded_rows,kept_rows,latency,model_size,report,rounding
+from fasterfold.find import Kept
+from fasterfold.plan import FoldPlan,Folded
+from fasterfold.latency import compare,count_parameters,latency,model_size
+from fasterfold.report import FoldReport,folded_rows,kept_rows,report,rounding
 
 def norms(model): return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 

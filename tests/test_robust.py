@@ -4,9 +4,9 @@ import numpy as np, pytest, torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-import fasterfold.fold as fold_module
-from fasterfold.fold import run_as
-from fasterfold.trace import FoldError
+import fasterfold.edit as edit_module, fasterfold.fold as fold_module, fasterfold.proof as proof_module
+from fasterfold.proof import run_as
+from fasterfold.state import FoldError
 from helpers import *
 
 class Noisy(nn.Module):
@@ -51,10 +51,11 @@ def unharmed(net, x, error, folder=None):
         assert state(net)==before and all(p.grad is g for p,g in zip(net.parameters(), grads))
     return came
 
-STAGES = 'trace plan_folds apply_plan Snapshot infer_sample edited run compare_runs prove run_as distance other_samples copy_model'.split()
+STAGES = {fold_module:'trace plan_folds apply_plan Snapshot infer_sample run compare_runs prove run_as other_samples copy_model', edit_module:'edited',
+    proof_module:'distance', nn:'Identity'}
 @pytest.mark.parametrize('stays', [False,True])
 @pytest.mark.parametrize('error', ERRORS)
-@pytest.mark.parametrize('home,stage', [*[(fold_module,o) for o in STAGES],(nn,'Identity')])
+@pytest.mark.parametrize('home,stage', [(home,o) for home,names in STAGES.items() for o in names.split()])
 def test_error_at_a_stage(home, stage, error, stays, monkeypatch):
     "Each stage fails once, at its first, second, … call."
     net,x,right = network(stays).double(),sample().double(),getattr(home, stage)

@@ -90,9 +90,9 @@ def test_checkers_tell_right_from_wrong(package, checker):
 
 def test_stubs_have_all_names(package):
     "Each public name, method and property of the package is in its stub."
-    for p in sorted((package/'fasterfold').glob('*.pyi')):
+    for p in sorted((package/'fasterfold').rglob('*.pyi')):
         if p.stem[0]=='_' or p.stem=='cli': continue
-        mod,tree = importlib.import_module(f'fasterfold.{p.stem}'),ast.parse(p.read_text(encoding='utf-8'))
+        mod,tree = importlib.import_module('.'.join(p.relative_to(package).with_suffix('').parts)),ast.parse(p.read_text(encoding='utf-8'))
         names = {o.name:o for o in tree.body if isinstance(o, (ast.FunctionDef,ast.ClassDef))}
         constants = {o.target.id for o in tree.body if isinstance(o, ast.AnnAssign)}
         imported = {a.asname or a.name for o in tree.body if isinstance(o, ast.ImportFrom) for a in o.names}
