@@ -114,10 +114,7 @@ def _fold(
     batch:int=None, # Size of the batch to time; by default `sample` as it is
 ):
     "Fold and verify the model of `subject`, and report."
-    import torch
-    from torch.utils._pytree import tree_map_only
     from fasterfold.fold import BN_Folder
-    from fasterfold.learner import _samples
     from fasterfold.report import report
     from fasterfold.state import copy_model,unwrap
     step('Folding and verifying')
@@ -125,12 +122,8 @@ def _fold(
     with folding():
         original = copy_model(model)
         folder.fold(model, sample, inplace=True)
-    samples = _samples(sample, model)
-    if batch:
-        one = samples.get('1 item', sample)
-        samples = {'1 item': one, f'batch of {batch}': tree_map_only(torch.Tensor, lambda t: t.expand(batch, *t.shape[1:]).contiguous(), one)}
     step('Timing both')
-    return report(original, model, folder.result, samples)
+    return report(original, model, folder.result, sample.by_size(model, batch))
 
 def _print_report(
     res, # `FoldReport`

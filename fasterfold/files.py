@@ -91,14 +91,14 @@ class Subject:
         image:Path=None, # An image file; by default an input is made up
     ):
         "An input for the model."
-        from fasterfold.sample import infer_sample
+        from fasterfold.sample import Sample
         from fasterfold.state import FoldError,unwrap
         if image is None:
-            try: return infer_sample(unwrap(self.model))
+            try: return Sample.of(None, unwrap(self.model))
             except FoldError as e: raise Stop('No input could be made up for this model: pass --sample IMAGE, or fold it in Python '
                 'with BN_Folder().fold(learn.model, sample=...).') from e
         _check_input(image)
-        try: return self.to_input(image)
+        try: return Sample.of(self.to_input(image))
         except Exception as e: raise Stop(f'{image} cannot be made an input of this model ({type(e).__name__}: {e}): '
             'give an image like those it was trained on.') from e
 
@@ -214,10 +214,10 @@ def write_folded(
     sample, # Input to compare on
 ):
     "Write `subject` to `path`, and stop unless what is read back computes the same."
-    from fasterfold.proof import compare_runs,eps_of,run
-    refs = run(subject.model, sample)
+    from fasterfold.proof import compare_runs,eps_of
+    refs = sample.run(subject.model)
     _save(subject, path, suffix)
-    outs = run(_read_back(subject, path, suffix, sample), sample)
+    outs = sample.run(_read_back(subject, path, suffix, sample))
     proof = compare_runs(outs, refs, eps_of(subject.model))
     if not proof.ok: raise Stop(f'Nothing was written: the model in the folded file does not compute the same (relative difference {proof.diff:.2g}). '
         'Look for a module that pickles itself in its own way.', code=1)

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.benchmark import Timer
 from .edit import Snapshot, apply_plan, by_name, put
 from .plan import FoldPlan, plan_folds
-from .proof import Proof, compare_runs, distance, eps_of, jittered, largest, other_samples, prove, run, run_as, to_double
-from .sample import infer_sample
+from .proof import Proof, compare_runs, distance, eps_of, largest, prove, run_as, to_double
+from .sample import Sample
 from .state import FoldError, check_model, copy_model, preserved
 from .trace import trace
 
@@ -60,7 +60,7 @@ class BN_Folder:
         0  folded forward  1
         """
         model = check_model(model)
-        if sample is None: sample = infer_sample(model)
+        sample = Sample.of(sample, model)
         if self.merge_branches: _merge(model:=copy_model(model), sample)
         return plan_folds(trace(model, sample))
 
@@ -75,7 +75,7 @@ class BN_Folder:
         if not inplace: target = copy_model(target)
         snap = Snapshot(target)
         self._undo,self._last,self.formats = [],None,{}
-        try: self.result = self._fold(target, infer_sample(target) if sample is None else sample)
+        try: self.result = self._fold(target, Sample.of(sample, target))
         except BaseException:
             self._back()
             snap.restore()
@@ -149,7 +149,7 @@ def _fold(self:BN_Folder, target, sample):
 
 def _other(target, sample):
     "The first of the other samples on which the original runs, with its trace; empty if there is none."
-    for other in other_samples(sample):
+    for other in sample.others():
         try: return [(other, trace(target, other))]
         except Exception: pass # a model may take one batch size or image size only
     return []
@@ -159,7 +159,7 @@ def _at_once(self:BN_Folder, target, sample, other, graph):
     "Fold as the trace of another sample says, if all norms go. The plan, or None, with nothing folded."
     plan,exclude = plan_folds(graph),{}
     if plan.kept or not plan.folded: return None
-    try: refs = run(target, sample)
+    try: refs = sample.run(target)
     except Exception: return None # tracing it will say what is wrong
     plan = self._fold_as(target, graph, exclude, [(other,graph.results), (sample,refs)], plan)
     return self._back() if exclude else plan
@@ -171,7 +171,7 @@ def _check(self:BN_Folder, target, tests):
     if not any(t.numel() for _,refs in tests for t in refs): raise FoldError("The model returned no numbers for the sample, so no fold can be verified. Pass a sample for which it does, or `verify=False`.")
     eps,proofs,bound = eps_of(target),[],0
     for sample,refs in tests:
-        try: outs = run(target, sample)
+        try: outs = sample.run(target)
         except Exception: return Proof(float('inf'), float('inf'), ok=False)
         proof = compare_runs(outs, refs, eps)
         if not proof.ok and proof.diff<=bound: proof.ok = True
@@ -199,8 +199,8 @@ def _prove(self:BN_Folder, target, outs, refs, sample, eps):
         folded = run_as(target, sample, snap.edits)
         with _unfolded(target, snap):
             single = run_as(target, sample, dtype=torch.float32) if eps<1e-10 else None
-            draws = (run(target, jittered(sample, eps, i)) for i in range(8))
-            return prove(outs, refs, run(target, sample), folded, run_as(target, sample), eps, single, draws)
+            draws = (sample.jittered(eps, i).run(target) for i in range(8))
+            return prove(outs, refs, sample.run(target), folded, run_as(target, sample), eps, single, draws)
     except Exception: # it does not run in float64
         d = distance(outs, refs)
         return Proof(d, largest(outs, refs), ok=eps<1e-5 and d<=1e3*eps)
@@ -249,20 +249,20 @@ def _merge_branches(model):
 
 def _merge(target, sample):
     "Let timm merge the branches of blocks that know how to; taken back if the outputs change."
-    snap,modes,refs = Snapshot(target),{m:m.training for m in target.modules()},run(target, sample)
+    snap,modes,refs = Snapshot(target),{m:m.training for m in target.modules()},sample.run(target)
     with preserved(target):
         _merge_branches(target)
         merged = Snapshot(target)
-    again,exact,double = run(target, sample),run_as(target, sample),to_double(target)
+    again,exact,double = sample.run(target),run_as(target, sample),to_double(target)
     _merge_branches(double)
     merged.restore()
     for m in target.modules(): m.training = modes.get(m, modes[target])
-    if not prove(run(target, sample), refs, again, run_as(double, sample), exact, eps_of(target)).ok: snap.restore()
+    if not prove(sample.run(target), refs, again, run_as(double, sample), exact, eps_of(target)).ok: snap.restore()
 
 # %% ../nbs/08_fold.ipynb #5a1c0e08
 def _format(target, sample, snap, auto):
     "Turn 4-D weights to channels_last; if `auto`, only if that is faster on the sample. Returns seconds by format."
-    def seconds(): return Timer('run(m, s)', globals=dict(run=run, m=target, s=sample), num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=.3).median
+    def seconds(): return Timer('s.run(m)', globals=dict(m=target, s=sample), num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=.3).median
     before = seconds() if auto else None
     old = [(p, p.data) for p in target.parameters() if p.dim()==4]
     for p,data in old: snap.swap(p, data.contiguous(memory_format=torch.channels_last))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fastprogress import progress_bar
 from torch import nn
 from torch.utils.benchmark import Timer
-from .sample import as_args, infer_sample, tensors_of
+from .sample import Sample
 from .state import preserved
 from .table import html_table, styled, text_table
 
@@ -102,8 +102,6 @@ class Comparison(dict):
     def _repr_html_(self): return styled(html_table(self._table))
 
 # %% ../nbs/10_latency.ipynb #f72c7de8
-def _device(sample): return next((str(t.device) for t in tensors_of(sample)), 'cpu')
-
 def compare(
     models:dict, # Modules, or anything callable, by name; the first is the base
     sample=None, # Their input: a tuple is positional arguments, a dict keyword arguments, anything else one argument
@@ -116,9 +114,9 @@ def compare(
     >>> list(both), both.ratio('original')
     (['original', 'thin'], 1.0)
     """
-    if sample is None: sample = infer_sample(next(iter(models.values())))
-    args,kwargs = as_args(sample)
-    threads,device = torch.get_num_threads(),_device(sample)
+    sample = Sample.of(sample, next(iter(models.values())))
+    args,kwargs = sample.copied()
+    threads,device = torch.get_num_threads(),sample.device
     turns = {k:[] for k in models}
     def timer(m): return Timer('model(*args, **kwargs)', globals=dict(model=m, args=args, kwargs=kwargs), num_threads=threads)
     timers = {k:timer(m) for k,m in models.items()}
@@ -148,9 +146,10 @@ def peak_memory(
     sample, # Its input
 )->int|None: # Bytes; `None` where there is no CUDA memory to measure
     "Bytes of CUDA memory that `model` and one forward pass take at the peak."
-    dev = torch.device(_device(sample))
+    sample = Sample.of(sample)
+    dev = torch.device(sample.device)
     if dev.type!='cuda': return None
-    args,kwargs = as_args(sample)
+    args,kwargs = sample.copied()
     with preserved(model):
         model(*args, **kwargs) # what libraries allocate once belongs to neither model
         torch.cuda.synchronize(dev)

@@ -14,13 +14,12 @@ from fastai.callback.schedule import *
 from fastai.learner import *
 from fastai.torch_basics import *
 from fastai.callback.core import Callback
-from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader as TorchDataLoader
 from .fold import BN_Folder
 from .plan import FoldPlan
 from .report import FoldReport,report
-from .sample import as_args,infer_sample,tensors_of
-from .state import FoldError,copy_model,preserved,unwrap
+from .sample import Sample
+from .state import FoldError,copy_model,unwrap
 
 # %% ../nbs/12_learner.ipynb #cfa58d23
 def _one_batch(dl):
@@ -37,13 +36,14 @@ def _one_batch(dl):
     finally: set_random_states(**rng)
 
 def _sample(learn, sample=None):
-    "`sample`, or the inputs of a validation batch on the device of the model, or `None` without data."
-    if sample is not None: return sample
+    "`sample`, or the inputs of a validation batch on the device of the model, or without data one that is made up."
+    if sample is not None: return Sample.of(sample)
     for dl in reversed(getattr(learn.dls, 'loaders', [])[:2]):
         b = _one_batch(dl)
         if b is None: continue
         n_inp = getattr(learn.dls, 'n_inp', 1 if len(b)==1 else len(b)-1)
-        return to_device(tuple(b[:n_inp]), next(learn.model.parameters()).device)
+        return Sample(to_device(tuple(b[:n_inp]), next(learn.model.parameters()).device))
+    return Sample.of(None, unwrap(learn.model))
 
 # %% ../nbs/12_learner.ipynb #3cf42ca9
 @patch
@@ -95,18 +95,6 @@ def _scores(learn):
         try: return dict(zip(['valid_loss', *learn.metrics.attrgot('name')], learn.validate()))
         finally: rec.__dict__.update(history)
 
-def _samples(sample, model):
-    "One item of `sample` and all of it, by what they are."
-    args = as_args(sample)
-    sizes = {t.shape[:1] for t in tensors_of(args)}
-    n = sizes.pop()[0] if len(sizes)==1 and max(sizes) else 1
-    if n<2: return {'1 item': sample}
-    one = tree_map_only(Tensor, lambda t: t[:1], sample)
-    try:
-        with preserved(model): model(*as_args(one)[0], **as_args(one)[1])
-    except Exception: return {f'batch of {n}': sample}
-    return {'1 item': one, f'batch of {n}': sample}
-
 @patch
 @delegates(BN_Folder)
 def fold(self:Learner,
@@ -115,11 +103,10 @@ def fold(self:Learner,
 )->FoldReport: # What it changed
     "Fold the norms of `model` in place, and report on norms, size, latency and metrics."
     sample,folder,model = _sample(self, sample),BN_Folder(**kwargs),unwrap(self.model)
-    if sample is None: sample = infer_sample(model)
     original,before = copy_model(model),_scores(self)
     folder.fold(self.model, sample, inplace=True)
     try:
-        res = report(original, model, folder.result, _samples(sample, model), progress=hasattr(self, 'progress'))
+        res = report(original, model, folder.result, sample.by_size(model), progress=hasattr(self, 'progress'))
         after = _scores(self)
     except BaseException:
         folder.undo()

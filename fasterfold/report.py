@@ -14,7 +14,8 @@ from fastcore.basics import patch
 from torch import nn
 from .latency import UNITS,compare,count_parameters,model_size,peak_memory,show_seconds
 from .plan import FoldPlan
-from .proof import run,run_as
+from .proof import run_as
+from .sample import Sample
 from .table import html_table,styled,text_table
 
 # %% ../nbs/11_report.ipynb #78804f9e
@@ -39,7 +40,8 @@ def rounding(
     sample, # Their input
 )->Rounding:
     "Compare the outputs of both models with each other and with a float64 run of `original`."
-    a,b = run(original, sample),run(folded, sample)
+    sample = Sample.of(sample)
+    a,b = sample.run(original),sample.run(folded)
     scale = _gap(a, [torch.zeros_like(t) for t in a])
     try: exact = run_as(original, sample)
     except Exception: return Rounding(_gap(b, a), None, None, scale) # it refuses float64, or its device has none

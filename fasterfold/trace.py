@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from fastcore.basics import AttrDict, patch
-from .sample import as_args, tensors_of
+from .sample import Sample, tensors_of
 from .state import FoldError, growing, preserved
 
 # %% ../nbs/03_trace.ipynb #35421d42
@@ -322,16 +322,14 @@ def outliving(self:Tracer):
     return [v for v in living if v.kind=='op' and not v.const and not v.is_output]
 
 # %% ../nbs/03_trace.ipynb #9478a644
-def _shapes(sample): return ', '.join(str(tuple(t.shape)) for t in tensors_of(sample))
-
 def _record(model, sample):
-    args,kwargs = as_args(sample)
+    args,kwargs = sample.copied()
     tracer = Tracer(model, (args,kwargs))
     graph,known = tracer.graph,{}
     with preserved(model), tracer:
         try: out = model(*args, **kwargs)
         except Exception as e:
-            what = f"The model does not run on the sample (shapes {_shapes((args,kwargs)) or 'none'}): {type(e).__name__}: {e}\n"
+            what = f"The model does not run on the sample (shapes {sample}): {type(e).__name__}: {e}\n"
             raise FoldError(what + "Pass what it takes as `sample=`: a tuple for several arguments, a dict for keyword arguments.") from e
         graph.results = tensors_of(out)
         graph.outputs = [tracer.value(t) for t in graph.results]
@@ -346,6 +344,7 @@ def trace(
     sample, # What to call it with
 )->Graph: # The recorded pass; `results` holds the returned tensors
     "Run `model` on `sample` in eval mode and record what it does. Raises `FoldError` if the model does not accept the sample."
+    sample = Sample.of(sample)
     graph = _record(model, sample)
     if all(op.name!='new_empty' for op in graph.ops): return graph
     with _Spelled(): return _record(model, sample)

@@ -4,6 +4,7 @@ import numpy as np, torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from fasterfold.proof import distance,run,to_double
+from fasterfold.sample import Sample
 from fasterfold.fold import BN_Folder
 
 def randomize_norms(
@@ -49,7 +50,7 @@ def errors(
     folder:BN_Folder=None, # Folds the float64 copy; None for one with the default options
 )->tuple: # (own, folded, exact): distances to the original in float64 of the original, the folded one, and the original folded in float64
     "How far both models are from a float64 run of the original."
-    double,s = to_double(original),to_double(sample)
+    double,s = to_double(original),Sample.of(sample).to(torch.float64)
     ref = run(double, s)
     own,diff = distance(run(original, sample), ref),distance(run(folded, sample), ref)
     return own,diff,distance(run((folder or BN_Folder(verify=False)).fold(double, s, inplace=True), s), ref)

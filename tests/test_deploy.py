@@ -7,6 +7,7 @@ from torch import nn
 from torch.ao.quantization import get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import convert_fx,prepare_fx
 from fasterfold.proof import distance,run,to_double
+from fasterfold.sample import Sample
 from fasterfold.fold import BN_Folder
 from fasterfold.sample import tensors_of
 from helpers import eps_of,randomize_norms
@@ -32,7 +33,7 @@ def plain(model):
 
 def assert_right(model, x, outs):
     "Assert that `outs` are as close to a float64 run of `model` as it is itself."
-    ref = run(to_double(model), to_double(x))
+    ref = run(to_double(model), Sample.of(x).to(torch.float64))
     own,got = distance(run(model, x), ref),distance(tensors_of(outs), ref)
     assert got<=10*own+10*eps_of(model), f'{got:.1e} from float64, the original {own:.1e}'
 
@@ -97,7 +98,7 @@ AS_FOLDED,SLIM = 4,1.5
 def test_quantization(name, tmp_path):
     "Folded and quantized, a model is about as far from float64 as the original is quantized, whose norms PyTorch fuses where it can."
     model,new,_,(x,_) = folded(name, tmp_path)
-    ref = run(to_double(model), to_double(x))
+    ref = run(to_double(model), Sample.of(x).to(torch.float64))
     a,b,c = quantized(model, x),quantized(new, x),quantized(slim(new), x)
     assert len(integer_layers(b))>=len(integer_layers(a))>0 and not [m for m in b.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
     lost,*after = (distance(run(m, x), ref) for m in (a,b,c))
