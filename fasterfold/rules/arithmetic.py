@@ -11,6 +11,11 @@ from ..affine import Affine, broadcast, unbroadcast
 from ..trace import Op, Value
 from .core import ask, beside, constant, fixed, need, number, pull, push, push_any
 
+# %% ../../nbs/rules/04_arithmetic.ipynb #3e4ae027
+def _no_number(op, y, counts):
+    "Raise `Blocked` if a map `counts` on `y` and that is only a number in the code; where a weight is computed, it is part of the model."
+    need(not counts or isinstance(y, Value) or op.out.const, f"{op.label} takes a number that is no part of the model (a buffer would be)")
+
 # %% ../../nbs/rules/04_arithmetic.ipynb #d67f0af2
 def terms(
     op:Op, # An `add`, `sub` or `rsub`
@@ -23,10 +28,12 @@ def terms(
 def _(op, out, a, ctx):
     (x,p),(y,q) = terms(op)
     if fixed(x) and not fixed(y) or not isinstance(x, Value): (x,p),(y,q) = (y,q),(x,p)
+    _no_number(op, alpha := op.args.get('alpha', 1), abs(alpha)!=1 and (a.shifts or fixed(y)))
     if x is y:
         need(p+q or not a.shifts, f"{op.label} takes it from itself")
         return [(x, Affine(a.scale, a.shift/(p+q)))] if p+q else []
     if fixed(y) and (ctx.side==0 or not isinstance(y, Value)):
+        _no_number(op, y, a.scales)
         c = q*number(op, y, ctx)
         return [ask(op, x, Affine(a.scale, (a.shift+(a.scale-1)*c)/p).collapse())]
     full,rest = Affine(a.scale, a.shift/(p if ctx.side==0 else q)),a.linear
@@ -38,6 +45,7 @@ def _push_term(op, a, p, y, q, ctx):
     if not fixed(y):
         need(not a.scales, f"it is added to something else in {op.label}")
         return [(op.out, Affine(a.scale, p*a.shift))], []
+    _no_number(op, y, a.scales)
     if isinstance(y, Value) and not a.scales and ctx.side==0:
         own = unbroadcast(Affine(torch.ones_like(a.shift), a.shift*p/q), y.shape)
         if own is not None: return [], [(y, own)]
@@ -48,6 +56,7 @@ def _(op, carried, ctx):
     (x,p),(y,q) = terms(op)
     if not isinstance(x, Value) or x not in carried: (x,p),(y,q) = (y,q),(x,p)
     a = broadcast(carried[x], op.out.rank)
+    _no_number(op, alpha := op.args.get('alpha', 1), abs(alpha)!=1)
     if x is y: return [(op.out, Affine(a.scale, a.shift*(p+q)))], []
     if not isinstance(y, Value) or y not in carried: return _push_term(op, a, p, y, q, ctx)
     b = broadcast(carried[y], op.out.rank)
@@ -67,6 +76,7 @@ def _(op, out, a, ctx):
     if op.name=='mul' and (not isinstance(x, Value) or fixed(x) and not fixed(y)): x,y = y,x
     need(isinstance(x, Value) and x is not y, f"it comes after {op.label}")
     if fixed(y) and (ctx.side==0 or not isinstance(y, Value)):
+        _no_number(op, y, a.shifts)
         shift = torch.where(a.shift==0, torch.zeros_like(a.shift), a.shift/_factor(op, y, ctx)) # 0/0 is no shift
         need(bool(shift.isfinite().all()), f"{op.label} multiplies by zero")
         return [ask(op, x, Affine(a.scale, shift).collapse())]
@@ -83,7 +93,9 @@ def _(op, carried, ctx):
     need(isinstance(x, Value) and (op.name=='mul' or y not in carried), f"{op.label} divides by it")
     a = broadcast(carried[x], op.out.rank)
     both = isinstance(y, Value) and y in carried
-    if fixed(y) and not both: return [(op.out, Affine(a.scale, a.shift*_factor(op, y, ctx)).collapse())], []
+    if fixed(y) and not both:
+        _no_number(op, y, a.shifts)
+        return [(op.out, Affine(a.scale, a.shift*_factor(op, y, ctx)).collapse())], []
     b = broadcast(carried[y], op.out.rank) if both else Affine.identity(op.out.rank)
     need(not a.shifts and not b.shifts, f"it is multiplied by something else in {op.label}")
     return [(op.out, a@b)], []

@@ -7,14 +7,13 @@ __all__ = ['WINDOW', 'window']
 
 # %% ../../nbs/rules/03_windows.ipynb #a8076484
 import torch
-from math import prod
 from ..affine import Affine, reshaped, part, joined
 from .core import dim_of, first, need, pull, push, push_any, register
 
 # %% ../../nbs/rules/03_windows.ipynb #7ec22493
 WINDOW = {}
 def window(*names):
-    "Register `f(op)`, which returns the dimensions looked over and what must hold: any of 'linear' (no shift), 'rising' (no negative scale)."
+    "Register `f(op)`, which returns the dimensions looked over and what must hold: any of 'linear' (no shift), 'counted' (no shift, since there may be more values), 'rising' (no negative scale)."
     return register(WINDOW, names)
 
 def _window_dims(op):
@@ -53,6 +52,9 @@ def _dims(op):
 @window('mean')
 def _(op): return _dims(op), []
 
+@window('sum')
+def _(op): return _dims(op), ['counted']
+
 @window('amax','amin','max','min','median')
 def _(op):
     need('other' not in op.args and op.args.self.rank, f"it comes before {op.label}")
@@ -64,6 +66,7 @@ def _check_window(op, a):
     dims,must = WINDOW[op.name](op)
     need(a.constant(*dims), f"{op.label} mixes values that are scaled differently")
     need('linear' not in must or not a.shifts, f"{op.label} does not let a shift pass")
+    need('counted' not in must or not a.shifts, f"{op.label} sums over positions, and their number changes with the size of the input")
     if 'rising' in must:
         need(bool((a.scale>=0).all()), f"{op.label} does not let a negative scale pass")
         where = any(o is not None and o.users for o in op.outs[1:])
@@ -91,24 +94,8 @@ def _(op, carried, ctx):
     a, = carried.values()
     return [(op.out, _lose(op, _check_window(op, a), WINDOW[op.name](op)[0]))], []
 
-# %% ../../nbs/rules/03_windows.ipynb #6006c54d
-def _sum(op, a, dims, f):
-    "`a` with the shift `f(shift, n)` for `n` values summed over `dims`."
-    need(a.constant(*dims), f"{op.label} mixes values that are scaled differently")
-    return Affine(a.scale, f(a.shift, prod(op.args.self.shape[d] for d in dims)))
-
-@pull('sum')
-def _(op, out, a, ctx):
-    v,dims = op.args.self,_dims(op)
-    return [(v, _sum(op, _regain(op, a, dims), dims, lambda t,n: t/n))]
-
-@push('sum')
-def _(op, carried, ctx):
-    v,dims = op.args.self,_dims(op)
-    return [(op.out, _lose(op, _sum(op, carried[v], dims, lambda t,n: t*n), dims))], []
-
 # %% ../../nbs/rules/03_windows.ipynb #7af44ed5
-def _zeros(v, ctx): return not ctx.read(v).any() if v.const else v.op is not None and v.op.name in ('new_zeros','zeros_like')
+def _zeros(v, ctx): return not ctx.read(v).any() if v.const else v.op is not None and v.op.name in ('zeros','new_zeros','zeros_like')
 
 def _collected(op, a, ctx):
     "What `op` collects, if `a` may pass."
@@ -132,29 +119,30 @@ def _(op, carried, ctx):
 
 # %% ../../nbs/rules/03_windows.ipynb #6a4afd34
 def _pads(op):
-    "Dimension to (pixels before, pixels after), for the dimensions that are padded."
+    "Dimension to (pixels before, pixels after), for all dimensions that are padded, be it by nothing."
     pad,rank = op.args.pad,op.out.rank
-    pads = {rank-1-i: (pad[2*i],pad[2*i+1]) for i in range(len(pad)//2) if pad[2*i] or pad[2*i+1]}
     need(all(n>=0 for n in pad), f"{op.label} crops")
-    return pads
+    return {rank-1-i: (pad[2*i],pad[2*i+1]) for i in range(len(pad)//2)}
 
-def _leaves(a, value): return bool((a.scale*value+a.shift==value).all())
+def _leaves(op, a):
+    val = float(op.args.value)
+    need(bool((a.scale*val+a.shift==val).all()), f"{op.label} adds values that the map would change")
 
 # %% ../../nbs/rules/03_windows.ipynb #3d3c9d44
 @pull('constant_pad_nd')
 def _(op, out, a, ctx):
-    v,val = op.args.self,float(op.args.value)
+    v = op.args.self
     for d,(lo,hi) in _pads(op).items():
         n = v.shape[d]
-        edge = torch.tensor([*range(lo), *range(lo+n, out.shape[d])])
-        need(_leaves(part(a, d, edge), val), f"{op.label} adds values that the map would change")
+        _leaves(op, a if a.constant(d) else part(a, d, torch.tensor([*range(lo), *range(lo+n, out.shape[d])], dtype=torch.long)))
         a = part(a, d, torch.arange(lo, lo+n))
     return [(v, a)]
 
 @push('constant_pad_nd')
 def _(op, carried, ctx):
-    a,val = carried[op.args.self],float(op.args.value)
+    a,v = carried[op.args.self],op.args.self
     id = Affine.identity(a.rank)
     for d,(lo,hi) in _pads(op).items():
-        if not a.constant(d) or not _leaves(a, val): a = joined([id,a,id], [lo,op.args.self.shape[d],hi], d)
+        if a.constant(d): _leaves(op, a)
+        else: a = joined([id,a,id], [lo,v.shape[d],hi], d)
     return [(op.out, a)], []
