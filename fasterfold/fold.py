@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from fastcore.basics import patch, store_attr
 from torch import nn
 from torch.utils.benchmark import Timer
+from .cover import Cover, describe, difference, same_edits, widen
 from .edit import Snapshot, apply_plan, by_name, put
 from .plan import FoldPlan, plan_folds
 from .proof import Proof, compare_runs, distance, eps_of, largest, prove, run_as, to_double
 from .sample import Sample
 from .state import FoldError, check_model, copy_model, preserved
-from .trace import trace
+
 
 # %% ../nbs/08_fold.ipynb #a6e905dc
 _normal_mode = torch.inference_mode(False) # a tensor made in inference mode can never be trained again
@@ -24,6 +25,12 @@ _normal_mode = torch.inference_mode(False) # a tensor made in inference mode can
 def _list_buffers(model):
     for m in model.modules():
         if isinstance(m, nn.parallel.DistributedDataParallel): m._assign_modules_buffers()
+
+def _samples(model, sample, samples):
+    if samples is None: return [Sample.of(sample, model)]
+    if sample is not None: raise FoldError("Pass either one `sample` or several `samples`.")
+    if not samples: raise FoldError("`samples` is empty: pass at least one.")
+    return [Sample.of(s) for s in samples]
 
 class BN_Folder:
     """Fold the normalization layers of a model into the layers around them, and prove that nothing changed.
@@ -52,6 +59,7 @@ class BN_Folder:
     def plan(self,
         model:nn.Module, # Any model, in any mode
         sample=None, # What to call it with: a tuple is positional arguments, a dict keyword arguments; None to make one up
+        samples=None, # Several of them, where one does not show all that the model may do
     )->FoldPlan: # What would be folded and kept
         """What `fold` would do; nothing changes. Raises `FoldError` if the model cannot be run or edited.
 
@@ -60,22 +68,25 @@ class BN_Folder:
         0  folded forward  1
         """
         model = check_model(model)
-        sample = Sample.of(sample, model)
-        if self.merge_branches: _merge(model:=copy_model(model), sample)
-        return plan_folds(trace(model, sample))
+        samples = _samples(model, sample, samples)
+        if self.merge_branches: _merge(model:=copy_model(model), samples[0])
+        cover = widen(Cover(model, samples))
+        cover.main.plan.covers = describe(cover, 'Traced')
+        return cover.main.plan
 
     @_normal_mode
     def fold(self,
         model:nn.Module, # Any model, in any mode
         sample=None, # What to call it with: a tuple is positional arguments, a dict keyword arguments; None to make one up
         inplace:bool=False, # Fold `model` itself? The default folds a copy
+        samples=None, # Several of them, where one does not show all that the model may do
     )->nn.Module: # The folded copy, or `model` itself
         "Fold all norms of `model` that can go. Raises `FoldError` if it cannot be run or edited; `model` is then as it was."
         target = check_model(model)
         if not inplace: target = copy_model(target)
         snap = Snapshot(target)
         self._undo,self._last,self.formats = [],None,{}
-        try: self.result = self._fold(target, Sample.of(sample, target))
+        try: self.result = self._fold(target, _samples(target, sample, samples))
         except BaseException:
             self._back()
             snap.restore()
@@ -132,52 +143,46 @@ def _fold_as(self:BN_Folder, target, graph, exclude, tests, plan=None):
 
 # %% ../nbs/08_fold.ipynb #5a1c0e32
 @patch
-def _fold(self:BN_Folder, target, sample):
+def _fold(self:BN_Folder, target, samples):
     "Fold `target` in place; returns the plan."
-    if self.merge_branches: _merge(target, sample)
-    others = _other(target, sample) if self.verify else []
-    plan = next((self._at_once(target, sample, *o) for o in others), None)
-    if plan is None:
-        graph,exclude = trace(target, sample),{}
-        tests = [(s,g.results) for s,g in [*others,(sample,graph)]] if self.verify else []
-        while (plan := self._fold_as(target, graph, exclude, tests)) is None: self._blame(target, graph, exclude, tests)
-    if self.strip_dropout: _strip(target, self._last[1])
+    if self.merge_branches: _merge(target, samples[0])
+    cover,exclude = Cover(target, samples),{}
+    main = cover.main
+    if self.verify and main.plan.folded: widen(cover)
+    tests = _tests(cover) if self.verify else []
+    plan = self._fold_as(target, main.graph, exclude, tests, main.plan)
+    while plan is None:
+        self._blame(target, main, exclude, tests)
+        plan = self._fold_as(target, main.graph, exclude, tests)
+    if plan.folded and tests: plan.covers = describe(cover, 'Proved')
+    if self.strip_dropout: _strip(target, main.graph)
     if self.channels_last:
         self._undo.append(Snapshot(target)) # of the folded weights: the last to change is the first to go back
-        self.formats = _format(target, sample, self._undo[-1], self.channels_last=='auto')
+        self.formats = _format(target, samples[0], self._undo[-1], self.channels_last=='auto')
     return plan
 
-def _other(target, sample):
-    "The first of the other samples on which the original runs, with its trace; empty if there is none."
-    for other in sample.others():
-        try: return [(other, trace(target, other))]
-        except Exception: pass # a model may take one batch size or image size only
-    return []
-
-@patch
-def _at_once(self:BN_Folder, target, sample, other, graph):
-    "Fold as the trace of another sample says, if all norms go. The plan, or None, with nothing folded."
-    plan,exclude = plan_folds(graph),{}
-    if plan.kept or not plan.folded: return None
-    try: refs = sample.run(target)
-    except Exception: return None # tracing it will say what is wrong
-    plan = self._fold_as(target, graph, exclude, [(other,graph.results), (sample,refs)], plan)
-    return self._back() if exclude else plan
+def _tests(cover):
+    "The inputs to compare outputs on: those of the user, another size, and all for which other norms would fold; the cheapest first."
+    ts = cover.trials
+    tests = ts[:cover.given] + [t for i,t in enumerate(ts[cover.given:]) if not i or not same_edits(t.plan, cover.main.plan)]
+    return sorted(tests, key=lambda t: sum(o.numel() for o in t.sample.tensors))
 
 # %% ../nbs/08_fold.ipynb #4c57da74
 @patch
 def _check(self:BN_Folder, target, tests):
-    "Compare the folded `target` with what the original returned on each of `tests`; the `Proof` that tells most: one that failed, else one in float64, else the worst."
-    if not any(t.numel() for _,refs in tests for t in refs): raise FoldError("The model returned no numbers for the sample, so no fold can be verified. Pass a sample for which it does, or `verify=False`.")
+    "Compare the folded `target` with what the original returned in each of `tests`; the `Proof` that tells most: one that failed, else one in float64, else the worst."
+    if not any(t.numel() for o in tests for t in o.graph.results): raise FoldError("The model returned no numbers for the sample, so no fold can be verified. Pass a sample for which it does, or `verify=False`.")
     eps,proofs,bound = eps_of(target),[],0
-    for sample,refs in tests:
-        try: outs = sample.run(target)
-        except Exception: return Proof(float('inf'), float('inf'), ok=False)
+    for t in tests:
+        refs = t.graph.results
+        try: outs = t.sample.run(target)
+        except Exception: return Proof(float('inf'), float('inf'), ok=False, on=t)
         proof = compare_runs(outs, refs, eps)
         if not proof.ok and proof.diff<=bound: proof.ok = True
         if not proof.ok:
-            proof = self._prove(target, outs, refs, sample, eps)
+            proof = self._prove(target, outs, refs, t.sample, eps)
             if proof.ok and proof.own is not None and proof.own<.01: bound = 20*proof.own+20*eps # more would let anything pass
+        proof.on = t
         proofs.append(proof)
         if not proof.ok: break
     return max(proofs, key=lambda p: (not p.ok, p.exact is not None, p.diff))
@@ -207,14 +212,17 @@ def _prove(self:BN_Folder, target, outs, refs, sample, eps):
 
 # %% ../nbs/08_fold.ipynb #990eb503
 def _at_fault(
-    proof:Proof # One that failed
+    proof:Proof, # One that failed
+    main, # The `Trial` of the user's sample
 ):
     far = proof.exact is None or not 1e3*proof.exact<proof.folded<float('inf')
-    return "the folded model did not compute the same" if far else f"rounding would put it {proof.folded:.0e} off, and the original is {proof.own:.0e} off"
+    where = '' if proof.on is main else f" on inputs of {proof.on}" + (f', where {way}' if (way := difference(main, proof.on)) else '')
+    return f"the folded model did not compute the same{where}" if far else f"rounding would put it {proof.folded:.0e} off, and the original is {proof.own:.0e} off"
 
 @patch
-def _blame(self:BN_Folder, target, graph, exclude, tests):
+def _blame(self:BN_Folder, target, main, exclude, tests):
     "Find the first norm whose fold cannot be proved, and add it to `exclude`."
+    graph = main.graph
     plan = plan_folds(graph, exclude)
     names,stay = [o.norm for o in plan.folded],{o.norm:'' for o in plan.kept} # else these might fold where the others do not
     def check(k):
@@ -227,7 +235,7 @@ def _blame(self:BN_Folder, target, graph, exclude, tests):
         mid = (good+bad)//2
         if check(mid).ok: good = mid
         else: bad = mid
-    exclude[names[bad-1]] = f"failed verification: {_at_fault(check(bad))}"
+    exclude[names[bad-1]] = f"failed verification: {_at_fault(check(bad), main)}"
 
 # %% ../nbs/08_fold.ipynb #9c15fb3b
 _drop = re.compile('Drop|StochasticDepth')

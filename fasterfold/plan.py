@@ -35,6 +35,7 @@ class FoldPlan:
     sources:dict = field(default_factory=dict, repr=False) # Leaf value to the norms those maps come from
     removed:dict = field(default_factory=dict, repr=False) # Norm module to the modules that stay in its place
     proof:object = field(default=None, repr=False) # How the fold was checked
+    covers:list = field(default_factory=list, repr=False) # Sentences: which inputs that covers, and what it does not
 
     @property
     def calls(self): return sum(o.calls for o in self.folded+self.kept)
@@ -60,15 +61,29 @@ def to_df(self:FoldPlan):
 def __str__(self:FoldPlan):
     rows = self.rows()
     if not rows: return self.summary
+    covers = ['', *self.covers] if self.covers else []
     w,v = (max(len(r[i]) for r in rows) for i in (0,1))
-    return '\n'.join([self.summary] + [f"{a:<{w}}  {b:<{v}}  {c}".rstrip() for a,b,c in rows])
+    return '\n'.join([self.summary] + [f"{a:<{w}}  {b:<{v}}  {c}".rstrip() for a,b,c in rows] + covers)
 
 @patch
 def _repr_html_(self:FoldPlan):
     def row(tag, cells): return '<tr>' + ''.join(f'<{tag} style="text-align:left">{html.escape(c)}</{tag}>' for c in cells) + '</tr>'
     body = ''.join(row('td', r) for r in self.rows())
     table = f"<table><thead>{row('th', _columns)}</thead><tbody>{body}</tbody></table>" if body else ''
-    return f"<p>{html.escape(self.summary)}</p>{table}"
+    return f"<p>{html.escape(self.summary)}</p>{table}" + (f"<p>{html.escape(' '.join(self.covers))}</p>" if self.covers else '')
+
+# %% ../nbs/05_plan.ipynb #0de8f019
+def _exposed(graph):
+    "Values that a layer which did not run might have read, since the module that would run it sees them; with the layer's name."
+    risky,res = {around:name for name,around in graph.idle.items()},{}
+    def see(call, *values):
+        if call is not None and call.name in risky: res.update(dict.fromkeys(values, risky[call.name]))
+    if not risky: return res
+    for c in graph.calls:
+        see(c, *c.ins)
+        see(c.parent, *c.ins, c.out)
+    for o in graph.ops: see(o.call, *o.inputs, *o.outs)
+    return res
 
 # %% ../nbs/05_plan.ipynb #034c7c90
 class Planner:
@@ -82,6 +97,7 @@ class Planner:
         self.owners = {n:m for m,names in graph.modules.items() for n in names}
         self.ran = {c.module for c in graph.calls}
         self.twins,self.writes,self.values = defaultdict(list),defaultdict(list),defaultdict(set) # by storage: leaves, writers, values
+        self.exposed = _exposed(graph)
         for v in graph.leaves:
             if v.store>=0: self.twins[v.store].append(v)
         for o in graph.ops:
@@ -104,6 +120,7 @@ def _free(self:Planner, v):
     "Raise `Blocked` if `v` is seen from outside, or is empty."
     for m in self.members.get(v, [v]):
         if m.is_output: raise Blocked("the model returns what lies in between")
+        if m in self.exposed: raise Blocked(f"`{self.exposed[m]}` did not run on the sample, and might read what lies in between (pass a sample that runs it, or delete it)")
         if m.hooks: raise Blocked(f"{m.hooks[0]} sees what lies in between")
     if v.kind=='input': raise Blocked("it comes straight from the model's input")
     if v.kind=='outside': raise Blocked("it reads a tensor made outside the model")

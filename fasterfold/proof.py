@@ -27,6 +27,7 @@ class Proof:
     folded:float = None # Distance of the folded model to the original's float64 run
     exact:float = None # Distance of the folded float64 model to the original float64 model
     ok:bool = True # Is the fold right?
+    on:object = None # The input for which it was furthest off
 
 def _apart(a, b):
     if not b.is_floating_point(): return 0. if torch.equal(a, b.to(a.device)) else float('inf')

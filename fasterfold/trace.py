@@ -7,14 +7,16 @@ __all__ = ['Value', 'Op', 'Call', 'Graph', 'user_hooks', 'Tracer', 'trace']
 
 # %% ../nbs/03_trace.ipynb #fc73e20c
 import torch, torch.nn.functional as F, weakref
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from torch import nn, Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook, register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 from fastcore.basics import AttrDict, patch
+from .guards import Watch
 from .sample import Sample, tensors_of
 from .state import FoldError, growing, preserved
 
@@ -61,6 +63,7 @@ class Op:
     call:'Call' # The innermost module call it ran in
     outs:list = field(default_factory=list) # Values it made, None where an output is no tensor
     writes:list = field(default_factory=list) # Storages it wrote to
+    sized:bool = False # Did it run in a function to which a size or another number of the sample was passed?
 
     @property
     def out(self): return self.outs[0]
@@ -96,6 +99,8 @@ class Graph:
     leaves:list = field(default_factory=list) # Parameters, buffers, and absent parameters
     results:list = field(default_factory=list) # The returned tensors themselves
     modules:dict = field(default_factory=dict) # Module to its qualified names
+    watch:Watch = None # What the model's code asked; None if it could not be watched
+    idle:dict = field(default_factory=dict) # Name of each layer with weights of its own that took no part to the module, by name, that would run it
 
 # %% ../nbs/03_trace.ipynb #929a681e
 def _hook_name(h):
@@ -157,7 +162,7 @@ class Tracer(TorchDispatchMode):
     ):
         super().__init__()
         self.graph,self.known,self.stack = Graph(),_Known(),[] # `stack`: the module calls we are in
-        self.stores,self.written = 0,{} # how many storages there are, and the last write to each
+        self.stores,self.written,self.watch = 0,{},None # how many storages there are, and the last write to each
         named = list(model.named_modules(remove_duplicate=False))
         for name,m in named: self.graph.modules.setdefault(m, []).append(name)
         self._add_leaves(named)
@@ -210,11 +215,17 @@ def value(self:Tracer, t):
     return op.out
 
 @patch
+def owns(self:Tracer, t):
+    "Does `t` belong to the model, or is computed from what does?"
+    v = self.known.get(t)
+    return isinstance(t, nn.Parameter) or v is not None and v.const
+
+@patch
 def _op(self:Tracer, func, name, args, inputs):
     "Record an operation as the next one, in the module call that is running."
     call = self.stack[-1] if self.stack else None
     if any(v.nested for v in inputs): name = f'nested_{name}' # rules count on shapes
-    op = Op(len(self.graph.ops), func, name, args, inputs, call)
+    op = Op(len(self.graph.ops), func, name, args, inputs, call, sized=self.watch is not None and self.watch.busy)
     self.graph.ops.append(op)
     if call is not None: call.ops.append(op)
     for v in set(inputs): v.users.append(op)
@@ -238,7 +249,7 @@ def _bind(self:Tracer, given):
 @patch
 def _made(self:Tracer, op, out, written, pure, stores):
     "Add the values that `op` made: new versions of the arguments it wrote to, and what it returned."
-    const = pure and all(v.const for v in op.inputs)
+    const = pure and bool(op.inputs) and not op.sized and all(v.const for v in op.inputs)
     def new(t):
         at = _storage(t)
         v = self._add(t, 'op', stores.get(at), op=op, const=const)
@@ -321,13 +332,46 @@ def outliving(self:Tracer):
     living = [v for ref,v in self.known.items.values() if (t := ref()) is not None and id(t) not in ours]
     return [v for v in living if v.kind=='op' and not v.const and not v.is_output]
 
+# %% ../nbs/03_trace.ipynb #e4828a09
+def _around(name, ran):
+    "The name of the nearest module around `name` that is in `ran`."
+    while name:
+        name = name.rpartition('.')[0]
+        if name in ran: return name
+
+def _run_in_training(model, sample, names):
+    "Those modules that run if the modules called `names`, and no others, are in training mode."
+    ran,(args,kwargs) = set(),sample.copied()
+    handle = register_module_forward_pre_hook(lambda m, args: ran.add(m))
+    try:
+        with preserved(model):
+            for n in names: model.get_submodule(n).training = True
+            model(*args, **kwargs)
+    except Exception: pass # it went as far as it went
+    finally: handle.remove()
+    return ran
+
+def _idle(model, sample, graph):
+    ran = {n for c in graph.calls for n in graph.modules.get(c.module, ())}
+    used = {n.rpartition('.')[0] for v in graph.leaves if v.users for n in v.names}
+    own = {v.names[0].rpartition('.')[0] for v in graph.leaves if v.kind=='param'}
+    idle = {n:_around(n, ran) for n in sorted(own-ran-used)}
+    idle = {n:a for n,a in idle.items() if a is not None}
+    if not idle: return {}
+    training = _run_in_training(model, sample, {*idle.values()})
+    return {n:a for n,a in idle.items() if model.get_submodule(n) not in training}
+
 # %% ../nbs/03_trace.ipynb #9478a644
-def _record(model, sample):
+def _record(model, sample, watched):
     args,kwargs = sample.copied()
     tracer = Tracer(model, (args,kwargs))
-    graph,known = tracer.graph,{}
+    graph,known,watch = tracer.graph,{},Watch(tracer.owns) if watched else None
+    if watched:
+        tracer.watch = graph.watch = watch
+        args,kwargs = watch.numbers((args,kwargs))
     with preserved(model), tracer:
-        try: out = model(*args, **kwargs)
+        try:
+            with watch or nullcontext(): out = model(*args, **kwargs)
         except Exception as e:
             what = f"The model does not run on the sample (shapes {sample}): {type(e).__name__}: {e}\n"
             raise FoldError(what + "Pass what it takes as `sample=`: a tuple for several arguments, a dict for keyword arguments.") from e
@@ -338,13 +382,22 @@ def _record(model, sample):
     for op in graph.ops: _add_absent(op, graph, known)
     return graph
 
+def _spelled(model, sample, watched):
+    graph = _record(model, sample, watched)
+    if all(op.name!='new_empty' for op in graph.ops): return graph
+    with _Spelled(): return _record(model, sample, watched)
+
 @growing()
 def trace(
     model:nn.Module, # The model, in any mode
     sample, # What to call it with
+    again:bool=True, # If it does not run with sizes that remember, run it with plain ones?
 )->Graph: # The recorded pass; `results` holds the returned tensors
     "Run `model` on `sample` in eval mode and record what it does. Raises `FoldError` if the model does not accept the sample."
     sample = Sample.of(sample)
-    graph = _record(model, sample)
-    if all(op.name!='new_empty' for op in graph.ops): return graph
-    with _Spelled(): return _record(model, sample)
+    try: graph = _spelled(model, sample, True)
+    except FoldError:
+        if not again: raise
+        graph = _spelled(model, sample, False)
+    graph.idle = _idle(model, sample, graph)
+    return graph
