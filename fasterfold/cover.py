@@ -155,7 +155,7 @@ def turning(
                 line = _line([(t.sizes.get(k, labels[k]), t.graph.watch.sizes[key]) for t,_ in asked if key in t.graph.watch.sizes])
                 return n if line is None else line(c)
             return question.again(size)
-        for c in sorted(range(1, min(4*m+512, most*m//numbers(base))), key=lambda c: abs(c-m)):
+        for c in sorted(range(1, min(4*m+512, most*m//max(numbers(base), 1))), key=lambda c: abs(c-m)):
             try: turns = bool(at(c))!=bool(question.answer)
             except (ArithmeticError,ValueError): continue
             if not turns: continue
@@ -170,16 +170,17 @@ class Cover:
     def __init__(self,
         model:nn.Module, # Any model
         samples:list, # `Sample`s of its user
+        watched:bool|None=None, # As for `trace`
     ):
-        self.model,self.trials,self.labels = model,[Trial(s, trace(model, s)) for s in samples],samples[0].labels
-        self.given,self.draws = len(samples),0
+        self.model,self.trials,self.labels = model,[Trial(s, trace(model, s, watched)) for s in samples],samples[0].labels
+        self.given,self.draws,self.watched = len(samples),0,all(t.graph.watch for t in self.trials)
         for t in self.trials: t.plan = plan_folds(t.graph)
         self.agree()
 
     def attempt(self, sizes, sample=None, what=''):
         "The trial of an input, None if the model refuses it."
         sample = (sample or self.trials[0].sample).resized(sizes) if sizes else sample
-        try: return Trial(sample, trace(self.model, sample, again=self.trials[0].graph.watch is None), sizes, what)
+        try: return Trial(sample, trace(self.model, sample, self.watched), sizes, what)
         except Exception: return None # a model need not take everything
 
     def add(self, trial):
@@ -247,7 +248,7 @@ def describe(
     "What the inputs cover, and what they do not."
     asked,still = asked_by_place(cover.trials),open_questions(cover.trials)
     res = [f"{how} on inputs of {_listed(map(str, cover.trials))}."]
-    if cover.main.graph.watch is None: return [*res, "**Not covered**: what its code asks of its input, since it does not run with sizes that remember who compares them."]
+    if not cover.watched: return [*res, "**Not covered**: what its code asks of its input, since it does not run with sizes that remember who compares them."]
     if len(cover.trials)==cover.given: res.append("It takes no input of another size.")
     if asked:
         which = _at([a[0][1] for a in asked.values()])

@@ -63,9 +63,8 @@ class BN_Folder:
     )->FoldPlan: # What would be folded and kept
         """What `fold` would do; nothing changes. Raises `FoldError` if the model cannot be run or edited.
 
-        >>> print(BN_Folder().plan(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2)), torch.ones(3, 4)))
-        1 of 1 norms fold
-        0  folded forward  1
+        >>> BN_Folder().plan(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2)), torch.ones(3, 4)).rows()
+        [('0', 'folded forward', '1')]
         """
         model = check_model(model)
         samples = _samples(model, sample, samples)
@@ -146,20 +145,28 @@ def _fold_as(self:BN_Folder, target, graph, exclude, tests, plan=None):
 def _fold(self:BN_Folder, target, samples):
     "Fold `target` in place; returns the plan."
     if self.merge_branches: _merge(target, samples[0])
-    cover,exclude = Cover(target, samples),{}
-    main = cover.main
-    if self.verify and main.plan.folded: widen(cover)
-    tests = _tests(cover) if self.verify else []
-    plan = self._fold_as(target, main.graph, exclude, tests, main.plan)
-    while plan is None:
-        self._blame(target, main, exclude, tests)
-        plan = self._fold_as(target, main.graph, exclude, tests)
-    if plan.folded and tests: plan.covers = describe(cover, 'Proved')
-    if self.strip_dropout: _strip(target, main.graph)
+    try: plan = self._proved(target, Cover(target, samples))
+    except _Unlike: plan = self._proved(target, Cover(target, samples, watched=False))
+    if self.strip_dropout: _strip(target, self._last[1])
     if self.channels_last:
         self._undo.append(Snapshot(target)) # of the folded weights: the last to change is the first to go back
         self.formats = _format(target, samples[0], self._undo[-1], self.channels_last=='auto')
     return plan
+
+@patch
+def _proved(self:BN_Folder, target, cover):
+    "Fold what can be proved. The plan."
+    main,exclude = cover.main,{}
+    if self.verify and main.plan.folded: widen(cover)
+    tests = _tests(cover) if self.verify else []
+    plan = self._fold_as(target, main.graph, exclude, tests, main.plan)
+    while plan is None:
+        self._blame(target, cover, exclude, tests)
+        plan = self._fold_as(target, main.graph, exclude, tests)
+    if plan.folded and tests: plan.covers = describe(cover, 'Proved')
+    return plan
+
+class _Unlike(Exception): "The model does something else when it is watched, as a transformer encoder does: it has a faster way that it then leaves."
 
 def _tests(cover):
     "The inputs to compare outputs on: those of the user, another size, and all for which other norms would fold; the cheapest first."
@@ -220,16 +227,18 @@ def _at_fault(
     return f"the folded model did not compute the same{where}" if far else f"rounding would put it {proof.folded:.0e} off, and the original is {proof.own:.0e} off"
 
 @patch
-def _blame(self:BN_Folder, target, main, exclude, tests):
+def _blame(self:BN_Folder, target, cover, exclude, tests):
     "Find the first norm whose fold cannot be proved, and add it to `exclude`."
-    graph = main.graph
+    main,graph = cover.main,cover.main.graph
     plan = plan_folds(graph, exclude)
     names,stay = [o.norm for o in plan.folded],{o.norm:'' for o in plan.kept} # else these might fold where the others do not
     def check(k):
         self._try(target, graph, exclude | stay | {n:'' for n in names[k:]})
         try: return self._check(target, tests)
         finally: self._back()
-    if not check(0).ok: raise FoldError("The model returns different outputs for the same input, so no fold can be verified. Make it deterministic in eval mode, or pass `verify=False`.")
+    if not check(0).ok:
+        if cover.watched: raise _Unlike
+        raise FoldError("The model returns different outputs for the same input, so no fold can be verified. Make it deterministic in eval mode, or pass `verify=False`.")
     good,bad = 0,len(names)
     while bad-good>1:
         mid = (good+bad)//2

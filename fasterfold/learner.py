@@ -22,28 +22,32 @@ from .sample import Sample
 from .state import FoldError,copy_model,unwrap
 
 # %% ../nbs/12_learner.ipynb #cfa58d23
-def _one_batch(dl):
-    "The first batch of a loader, which does not notice."
+def _batch(dl, last=False):
+    "The first batch of a loader, or the last one if that is shorter; the loader does not notice."
     rng = get_random_states()
     try:
         if isinstance(dl, TorchDataLoader):
             by = dict(batch_sampler=dl.batch_sampler) if dl.batch_size is None else dict(batch_size=dl.batch_size)
-            dl = TorchDataLoader(dl.dataset, collate_fn=dl.collate_fn, **by)
-        elif hasattr(dl, 'new'):
-            dl = dl.__dict__.get('dl', dl) # what a `DistributedDL` wraps: its own order is broadcast, for which it would wait for all processes
-            dl = dl.new(shuffle=False, drop_last=False, num_workers=0)
+            return None if last else first(TorchDataLoader(dl.dataset, collate_fn=dl.collate_fn, **by))
+        if not hasattr(dl, 'new'): return None if last else first(dl)
+        dl = dl.__dict__.get('dl', dl) # what a `DistributedDL` wraps: its own order is broadcast, for which it would wait for all processes
+        dl = dl.new(shuffle=False, drop_last=False, num_workers=0)
+        if last:
+            if not dl.bs or dl.n is None or dl.n<dl.bs or not dl.n%dl.bs: return None
+            idxs = list(dl.get_idxs())[dl.n//dl.bs*dl.bs:]
+            dl.get_idxs = lambda: idxs
         return first(dl)
     finally: set_random_states(**rng)
 
-def _sample(learn, sample=None):
-    "`sample`, or the inputs of a validation batch on the device of the model, or without data one that is made up."
-    if sample is not None: return Sample.of(sample)
+def _samples(learn, sample=None):
+    "`sample`, or the inputs of validation batches on the device of the model, the last short one among them, or without data one that is made up."
+    if sample is not None: return [Sample.of(sample)]
     for dl in reversed(getattr(learn.dls, 'loaders', [])[:2]):
-        b = _one_batch(dl)
-        if b is None: continue
-        n_inp = getattr(learn.dls, 'n_inp', 1 if len(b)==1 else len(b)-1)
-        return Sample(to_device(tuple(b[:n_inp]), next(learn.model.parameters()).device))
-    return Sample.of(None, unwrap(learn.model))
+        bs = [b for b in (_batch(dl),_batch(dl, last=True)) if b is not None]
+        if not bs: continue
+        n_inp = getattr(learn.dls, 'n_inp', 1 if len(bs[0])==1 else len(bs[0])-1)
+        return [Sample(to_device(tuple(b[:n_inp]), next(learn.model.parameters()).device)) for b in bs]
+    return [Sample.of(None, unwrap(learn.model))]
 
 # %% ../nbs/12_learner.ipynb #3cf42ca9
 @patch
@@ -53,7 +57,7 @@ def fold_plan(self:Learner,
     **kwargs
 )->FoldPlan: # Norms that would be folded, and those that would stay
     "What `fold` would do to `model`; nothing changes."
-    return BN_Folder(**kwargs).plan(self.model, _sample(self, sample))
+    return BN_Folder(**kwargs).plan(self.model, samples=_samples(self, sample))
 
 # %% ../nbs/12_learner.ipynb #2f86771e
 @patch
@@ -63,7 +67,7 @@ def fold_bn(self:Learner,
     **kwargs
 )->Learner: # The learner itself
     "Fold the norms of `model` in place, as in `learn.fold_bn().validate()`."
-    BN_Folder(**kwargs).fold(self.model, _sample(self, sample), inplace=True)
+    BN_Folder(**kwargs).fold(self.model, samples=_samples(self, sample), inplace=True)
     self.opt = None
     return self
 
@@ -77,7 +81,7 @@ def folded(self:Learner,
 ):
     "Fold the norms of `model` inside a `with` block, and undo it after."
     folder,opt = BN_Folder(**kwargs),self.opt
-    folder.fold(self.model, _sample(self, sample), inplace=True)
+    folder.fold(self.model, samples=_samples(self, sample), inplace=True)
     self.opt = None
     try: yield self
     finally:
@@ -102,11 +106,11 @@ def fold(self:Learner,
     **kwargs
 )->FoldReport: # What it changed
     "Fold the norms of `model` in place, and report on norms, size, latency and metrics."
-    sample,folder,model = _sample(self, sample),BN_Folder(**kwargs),unwrap(self.model)
+    samples,folder,model = _samples(self, sample),BN_Folder(**kwargs),unwrap(self.model)
     original,before = copy_model(model),_scores(self)
-    folder.fold(self.model, sample, inplace=True)
+    folder.fold(self.model, samples=samples, inplace=True)
     try:
-        res = report(original, model, folder.result, sample.by_size(model), progress=hasattr(self, 'progress'))
+        res = report(original, model, folder.result, samples[0].by_size(model), progress=hasattr(self, 'progress'))
         after = _scores(self)
     except BaseException:
         folder.undo()
@@ -148,7 +152,7 @@ class FoldCallback(_AtHome):
         if 'fits_left' in self.learn.__dict__: self.learn.fits_left = more
         if self.trained and not more:
             folder = BN_Folder(**self.kwargs)
-            folder.fold(self.learn.model, _sample(self.learn, self.sample), inplace=True)
+            folder.fold(self.learn.model, samples=_samples(self.learn, self.sample), inplace=True)
             self.plan,self.learn.opt = folder.result,None
 
 # %% ../nbs/12_learner.ipynb #a606cdbb
@@ -188,7 +192,7 @@ class FoldedValidation(_AtHome):
         if self.folder is not None: self.folder.refold()
         else:
             self.folder = BN_Folder()
-            self.folder.fold(self.learn.model, _sample(self.learn, self.sample), inplace=True)
+            self.folder.fold(self.learn.model, samples=_samples(self.learn, self.sample), inplace=True)
         return self.folder.undo
 
 # %% ../nbs/12_learner.ipynb #f8035565

@@ -159,7 +159,7 @@ def labels(self:Sample)->dict:
         ls = _labels(t, self.has_batch)
         res.update(zip(ls, t.shape))
         if t.dim()>3 and t.is_floating_point(): channels.add(ls[1])
-    return {k:n for k,n in res.items() if k not in channels}
+    return {k:n for k,n in res.items() if n and k not in channels}
 
 # %% ../nbs/02_sample.ipynb #b83ebc38
 @patch

@@ -391,13 +391,13 @@ def _spelled(model, sample, watched):
 def trace(
     model:nn.Module, # The model, in any mode
     sample, # What to call it with
-    again:bool=True, # If it does not run with sizes that remember, run it with plain ones?
+    watched:bool|None=None, # Note what its code asks? None: if it runs with sizes that remember
 )->Graph: # The recorded pass; `results` holds the returned tensors
     "Run `model` on `sample` in eval mode and record what it does. Raises `FoldError` if the model does not accept the sample."
     sample = Sample.of(sample)
-    try: graph = _spelled(model, sample, True)
+    try: graph = _spelled(model, sample, watched is not False)
     except FoldError:
-        if not again: raise
+        if watched is not None: raise
         graph = _spelled(model, sample, False)
     graph.idle = _idle(model, sample, graph)
     return graph

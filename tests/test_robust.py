@@ -4,7 +4,7 @@ import numpy as np, pytest, torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-import fasterfold.edit as edit_module, fasterfold.fold as fold_module, fasterfold.proof as proof_module, fasterfold.sample as sample_module
+import fasterfold.cover as cover_module, fasterfold.edit as edit_module, fasterfold.fold as fold_module, fasterfold.proof as proof_module, fasterfold.sample as sample_module
 from fasterfold.proof import run_as
 from fasterfold.state import FoldError
 from helpers import *
@@ -51,8 +51,8 @@ def unharmed(net, x, error, folder=None):
         assert state(net)==before and all(p.grad is g for p,g in zip(net.parameters(), grads))
     return came
 
-STAGES = {fold_module:'trace plan_folds apply_plan Snapshot compare_runs prove run_as copy_model', edit_module:'edited', proof_module:'distance', nn:'Identity',
-    sample_module:'infer_sample', Sample:'of copied run others'}
+STAGES = {cover_module:'trace plan_folds another open_questions', fold_module:'Cover widen describe apply_plan Snapshot compare_runs prove run_as copy_model', edit_module:'edited', proof_module:'distance', nn:'Identity',
+    sample_module:'infer_sample', Sample:'of copied run resized varied'}
 @pytest.mark.parametrize('stays', [False,True])
 @pytest.mark.parametrize('error', ERRORS)
 @pytest.mark.parametrize('home,stage', [(home,o) for home,names in STAGES.items() for o in names.split()])
