@@ -7,6 +7,9 @@ from .fold import BN_Folder
 from .cost import count_parameters, model_size, latency, compare
 from .report import FoldReport
 from .learner import FoldCallback, FoldedValidation
+from .help import explain
 
 __all__ = ['FoldError', 'infer_sample', 'Folded', 'Kept', 'FoldPlan', 'BN_Folder', 'count_parameters', 'model_size', 'latency',
     'compare', 'FoldReport', 'FoldCallback', 'FoldedValidation']
+
+explain('fasterfold')
