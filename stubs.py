@@ -78,8 +78,9 @@ def stub(
         if isinstance(o, (ast.Import,ast.ImportFrom)): res.append(o)
         elif isinstance(o, ast.ClassDef): res.append(class_(o, patched.get(o.name, [])))
         elif o in alone: res.append(function(o))
+        elif isinstance(o, ast.If) and _name(o.test)=='TYPE_CHECKING': res += o.body
         elif isinstance(o, ast.Assign):
-            if _assigned([o])==['__all__']: res.append(o)
+            if _assigned([o])==['__all__']: res += [o] if isinstance(o.value, ast.List) else []
             else: res += [ast.AnnAssign(ast.Name(n), _any, None, 1) for n in _assigned([o])]
     return ast.unparse(ast.fix_missing_locations(ast.Module(res, [])))+'\n'
 

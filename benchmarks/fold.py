@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from common import chain, described, environment, hostile, in_turns, load, ms, ratio, results, save, slope, stats, table, timer, times, typical
 from fasterfold.fold import BN_Folder
-from fasterfold.latency import count_parameters, model_size
+from fasterfold.cost import count_parameters, model_size
 from fasterfold.state import copy_model
 from peers import load_peers, peers
 

@@ -23,7 +23,7 @@ from common import (by_variant, chain, described, environment, grouped, helped, 
     table, timer, times)
 from fasterfold.proof import distance
 from fasterfold.fold import BN_Folder
-from fasterfold.latency import count_parameters
+from fasterfold.cost import count_parameters
 from fasterfold.state import copy_model
 from peers import load_peers, peers
 

@@ -41,19 +41,24 @@ def public(
 def methods(tree): return [o for o in tree.body if isinstance(o, ast.FunctionDef) and not o.name.startswith('_') and ast.get_docstring(o)]
 
 def _params(tree, obj):
-    "Parameters of a function, or fields of a dataclass: triples (name, annotation, default) as written."
+    "Parameters of a function, or fields of a dataclass, in order: triples (name, annotation, default) as written, with `*` and `/` as names."
     f = tree if isinstance(tree, ast.FunctionDef) else next((o for o in tree.body if getattr(o, 'name', '')=='__init__'), None)
     text = lambda o: None if o is None else ast.unparse(o)
     if f is None: return [(o.target.id, text(o.annotation), text(o.value)) for o in tree.body if isinstance(o, ast.AnnAssign)]
     a = f.args
-    pos = [(o, d) for o,d in zip(a.posonlyargs+a.args, [None]*(len(a.posonlyargs+a.args)-len(a.defaults))+a.defaults)]
-    res = [(o.arg, text(o.annotation), text(d)) for o,d in pos+list(zip(a.kwonlyargs, a.kw_defaults)) if o.arg not in ('self','cls')]
-    if a.vararg: res.append(('*'+a.vararg.arg, None, None))
+    pos = a.posonlyargs+a.args
+    res = [(o.arg, text(o.annotation), text(d)) for o,d in zip(pos, [None]*(len(pos)-len(a.defaults))+a.defaults)]
+    if a.posonlyargs: res.insert(len(a.posonlyargs), ('/', None, None))
+    if a.vararg: res.append(('*'+a.vararg.arg, text(a.vararg.annotation), None))
+    only = [(o.arg, text(o.annotation), text(d)) for o,d in zip(a.kwonlyargs, a.kw_defaults)]
     if a.kwarg: # what `delegates` found behind it
-        known = {o[0] for o in res}
-        more = [p for p in inspect.signature(obj).parameters.values() if p.name not in known and p.name!='self']
-        res += [(p.name, None, repr(p.default)) for p in more if p.kind is p.KEYWORD_ONLY] or [('**'+a.kwarg.arg, None, None)]
-    return res
+        known = {n for n,*_ in res+only}
+        more = [p for p in inspect.signature(obj).parameters.values() if p.name not in known and p.kind is p.KEYWORD_ONLY]
+        only += [(p.name, None, repr(p.default)) for p in more]
+    if only and not a.vararg: res.append(('*', None, None))
+    res += only
+    if a.kwarg and not more: res.append(('**'+a.kwarg.arg, text(a.kwarg.annotation), None))
+    return [o for o in res if o[0] not in ('self','cls')]
 
 def _fenced(doc):
     "Docstring `doc` with its examples as blocks of code, as Markdown has them."
@@ -72,15 +77,15 @@ def document(
     level:int=3, # Of its heading
 )->str: # Markdown
     "Heading, signature, docstring, and a table of the parameters that have a docment."
-    params,doc = _params(tree, obj),docments(obj, full=True)
-    sig = ', '.join(n if d is None else f'{n}={d}' for n,_,d in params)
+    params,doc = _params(tree, obj),docments(obj, full=True, args_kwargs=True)
+    sig = [n if d is None else f'{n}={d}' for n,_,d in params]
     is_prop = any(getattr(o, 'id', '')=='property' for o in getattr(tree, 'decorator_list', []))
-    head = name if is_prop else f'{name}({sig})'
-    if len(head)>88: head = f'{name}(\n    ' + sig.replace(', ', ',\n    ') + ')'
+    head = name if is_prop else f"{name}({', '.join(sig)})"
+    if len(head)>88: head = f'{name}(\n    ' + ',\n    '.join(sig) + ')'
     ret = getattr(tree, 'returns', None)
     if ret is not None: head += ' -> ' + ast.unparse(ret)
-    say = lambda n: ((doc.get(n) or {}).get('docment') or '').replace('\n', ' ').replace('|', r'\|')
-    rows = [(f'`{n}`' if t is None else f'`{n}: {t}`', say(n)) for n,t,_ in params]
+    say = lambda n: ((doc.get(n.lstrip('*')) or {}).get('docment') or '').replace('\n', ' ').replace('|', r'\|')
+    rows = [(f'`{n}`' if t is None else f'`{n}: {t}`', say(n)) for n,t,_ in params if n not in ('*','/')]
     if say('return'): rows.append(('returns', say('return')))
     cell = lambda s: s.replace('|', r'\|') if s.startswith('`') else s
     table = '\n'.join(['| argument | what it is |','| --- | --- |', *(f'| {cell(a)} | {b} |' for a,b in rows)]) if any(b for _,b in rows) else ''

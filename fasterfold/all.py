@@ -4,9 +4,12 @@ from .sample import infer_sample
 from .find import Kept
 from .plan import Folded, FoldPlan
 from .fold import BN_Folder
-from .latency import count_parameters, model_size, latency, compare
+from .cost import count_parameters, model_size, latency, compare
 from .report import FoldReport
 from .learner import FoldCallback, FoldedValidation
+from .help import explain
 
 __all__ = ['FoldError', 'infer_sample', 'Folded', 'Kept', 'FoldPlan', 'BN_Folder', 'count_parameters', 'model_size', 'latency',
     'compare', 'FoldReport', 'FoldCallback', 'FoldedValidation']
+
+explain('fasterfold')

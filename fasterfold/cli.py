@@ -60,8 +60,16 @@ def _steps(
 # %% ../nbs/14_cli.ipynb #2e2683c6
 app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode='rich')
 
+def _print_version(wanted:bool):
+    if not wanted: return
+    from fasterfold import __version__
+    typer.echo(f'fasterfold {__version__}')
+    raise typer.Exit()
+
+_Version = Annotated[bool, typer.Option('--version', callback=_print_version, is_eager=True, help='Print the version, and do nothing else.')]
+
 @app.callback(epilog='Exit codes: 0 all done; 1 the model cannot be folded, or the result failed verification; 2 an input is of no use. Only 0 writes files.')
-def _about(): "Fold the normalization layers of trained models into the layers around them, and prove that nothing changed."
+def _about(version:_Version=False): "Fold the normalization layers of trained models into the layers around them, and prove that nothing changed."
 
 def _examples(*lines):
     "Lines for the end of a help text."

@@ -8,6 +8,7 @@ __all__ = ['BN_Folder']
 # %% ../nbs/08_fold.ipynb #c189fc1a
 import re, torch
 from contextlib import contextmanager
+from textwrap import shorten
 from fastcore.basics import patch, store_attr
 from torch import nn
 from torch.utils.benchmark import Timer
@@ -18,6 +19,16 @@ from .proof import Proof, compare_runs, distance, eps_of, largest, prove, run_as
 from .sample import Sample
 from .state import FoldError, check_model, copy_model, preserved
 
+
+# %% ../nbs/08_fold.ipynb #eb52023c
+_yes_no = True,False
+_values = dict(strip_dropout=_yes_no, merge_branches=_yes_no, channels_last=(*_yes_no,'auto'), verify=_yes_no) # what each option may be
+
+def _check_option(k, v):
+    "Raise `FoldError` if the option `k` cannot be `v`."
+    *most,last = map(repr, _values[k])
+    if not isinstance(v, (bool,str)) or v not in _values[k]: # 1 and 1. are equal to True
+        raise FoldError(f"`{k}` is {', '.join(most)} or {last}, and not {shorten(repr(v), 60, placeholder=' …')}.")
 
 # %% ../nbs/08_fold.ipynb #a6e905dc
 _normal_mode = torch.inference_mode(False) # a tensor made in inference mode can never be trained again
@@ -53,7 +64,11 @@ class BN_Folder:
         verify:bool=True, # Run the folded model and compare? Costs two forward passes
     ):
         store_attr()
+        for k in _values: _check_option(k, getattr(self, k))
         self.result,self.formats,self._undo,self._last,self._whole = None,{},[],None,None
+
+    def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={getattr(self, k)!r}' for k in _values)})"
+    def __getstate__(self): return vars(self) | dict(_undo=[], _last=None, _whole=None) # the model it folded stays here
 
     @_normal_mode
     def plan(self,

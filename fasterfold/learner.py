@@ -106,7 +106,7 @@ def fold(self:Learner,
     **kwargs
 )->FoldReport: # What it changed
     "Fold the norms of `model` in place, and report on norms, size, latency and metrics."
-    samples,folder,model = _samples(self, sample),BN_Folder(**kwargs),unwrap(self.model)
+    folder,samples,model = BN_Folder(**kwargs),_samples(self, sample),unwrap(self.model)
     original,before = copy_model(model),_scores(self)
     folder.fold(self.model, samples=samples, inplace=True)
     try:
@@ -138,6 +138,7 @@ class FoldCallback(_AtHome):
         sample=None, # Input to trace, as for `Learner.fold`
         **kwargs
     ):
+        BN_Folder(**kwargs) # to hear of a wrong option now, not when the training is over
         self.sample,self.kwargs,self.plan = sample,kwargs,None
 
     def before_fit(self):
@@ -166,6 +167,12 @@ def fine_tune(self:Learner, *args, **kwargs):
     finally: del self.fits_left
 
 # %% ../nbs/12_learner.ipynb #dfcf22b5
+class _Batches:
+    "The loop over batches as the callback `cb` wraps it."
+    def __init__(self, cb): self.cb = cb
+    def __call__(self): self.cb._all_batches()
+    def __reduce__(self): return getattr, (self.cb.learn,'all_batches')
+
 class FoldedValidation(_AtHome):
     "Run each epoch's validation on the folded model, and train on as if nothing had been."
     def __init__(self,
@@ -176,7 +183,7 @@ class FoldedValidation(_AtHome):
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self, 'gather_preds')
         self.folder = None
-    def after_train(self): self.learn.all_batches = self._all_batches
+    def after_train(self): self.learn.all_batches = _Batches(self)
     def after_fit(self):
         self.learn.__dict__.pop('all_batches', None)
         self.folder = None

@@ -37,6 +37,7 @@ class FoldPlan:
     proof:object = field(default=None, repr=False) # How the fold was checked
     covers:list = field(default_factory=list, repr=False) # Sentences: which inputs that covers, and what it does not
 
+    def __getstate__(self): return vars(self) | dict(edits={}, sources={}, removed={})
     @property
     def calls(self): return sum(o.calls for o in self.folded+self.kept)
     @property

@@ -29,6 +29,8 @@ class Proof:
     ok:bool = True # Is the fold right?
     on:object = None # The input for which it was furthest off
 
+    def __getstate__(self): return vars(self) | dict(on=self.on and str(self.on)) # a copy or a pickle has it in words
+
 def _apart(a, b):
     if not b.is_floating_point(): return 0. if torch.equal(a, b.to(a.device)) else float('inf')
     a,b = (t.detach().to('cpu', torch.float64) for t in (a,b))

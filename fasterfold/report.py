@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib.figure, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from torch import nn
-from .latency import UNITS,compare,count_parameters,model_size,peak_memory,show_seconds
+from .cost import UNITS,compare,count_parameters,model_size,peak_memory,show_seconds
 from .plan import FoldPlan
 from .proof import run_as
 from .sample import Sample

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 # %% ../nbs/01_state.ipynb #23844163
 class FoldError(Exception):
-    "A model cannot be folded at all; the message says what is wrong and what to do. The model is untouched."
+    "A model cannot be folded at all, or not as was asked for; the message says what is wrong and what to do. The model is untouched."
 
 # %% ../nbs/01_state.ipynb #9427a0fd
 def is_dense(

@@ -40,6 +40,7 @@ class Value:
     fill:float = 0. # What an absent parameter counts as
     slot:tuple = None # (module, name) of an absent parameter
     nested:bool = False # Is it a nested tensor, which has no shape? `shape` is then empty
+    place:int = 0 # Which of the inputs it is
 
     @property
     def rank(self): return len(self.shape)
@@ -49,7 +50,13 @@ class Value:
     def last_read(self):
         if self.is_output or self.hooks or self.kind!='op': return float('inf')
         return max([u.index for u in self.users], default=self.time)
-    def __repr__(self): return f"{self.names[0] if self.names else self.kind}{list(self.shape)}"
+    @property
+    def name(self):
+        "`input_0`, a qualified name, or the operation that made it and its index: `relu_4`; the second output of one is `topk_5.1`."
+        if self.op is None: return self.names[0] if self.names else f'input_{self.place}' if self.kind=='input' else self.kind
+        which = next((i for i,v in enumerate(self.op.outs) if v is self), 0)
+        return f"{self.op.name}_{self.op.index}{f'.{which}' if which else ''}"
+    def __repr__(self): return f"{self.name} [{','.join(map(str, self.shape))}]"
 
 # %% ../nbs/03_trace.ipynb #0cb4398c
 @dataclass(eq=False)
@@ -73,7 +80,7 @@ class Op:
         if self.call is None: return f"`{self.name}`"
         if not self.call.children and self.call.name: return f"`{self.call.name}` ({type(self.call.module).__name__})"
         return f"`{self.name}` in `{self.call.name or 'the model'}`"
-    def __repr__(self): return f"{self.name}({', '.join(map(repr, self.inputs))})"
+    def __repr__(self): return f"{self.name}_{self.index}({', '.join(map(repr, self.inputs))})"
 
 # %% ../nbs/03_trace.ipynb #a392b4ea
 @dataclass(eq=False)
@@ -167,7 +174,8 @@ class Tracer(TorchDispatchMode):
         for name,m in named: self.graph.modules.setdefault(m, []).append(name)
         self._add_leaves(named)
         for t in tree_flatten(sample)[0]:
-            if isinstance(t, Tensor) and self.known.get(t) is None: self.graph.inputs.append(self._add(t, 'input'))
+            if not isinstance(t, Tensor) or self.known.get(t) is not None: continue
+            self.graph.inputs.append(self._add(t, 'input', place=len(self.graph.inputs)))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs,(defaults,writes,name,pure) = kwargs or {},_schema(func)

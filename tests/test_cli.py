@@ -7,6 +7,7 @@ from fastai.vision.all import (ConvLayer,CrossEntropyLossFlat,ImageDataLoaders,L
 from torch import nn
 from typer.testing import CliRunner
 from safetensors.torch import load_model,save_model
+import fasterfold
 from fasterfold.cli import app,digit_images
 from fasterfold.proof import distance,run,to_double
 from fasterfold.fold import BN_Folder
@@ -81,9 +82,19 @@ def test_help(args):
     assert res.exit_code==0
     for w in (['Examples', '--json'] if args else ['plan', 'fold', 'bench', 'demo', 'Exit codes']): assert w in res.output
 
-def test_help_does_not_wait_for_torch(tmp_path):
-    code = "import sys, fasterfold.cli; print({'torch','fastai','timm'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True).stdout.strip()=='set()'
+def test_version():
+    res = call('--version')
+    assert res.exit_code==0 and res.stdout==f'fasterfold {fasterfold.__version__}\n' and res.stderr==''
+    assert call('--version', 'plan', 'none.pkl').stdout==res.stdout # whatever else is asked
+    assert call('plan', '--version').exit_code==2
+
+@pytest.mark.parametrize('asked', ['--help','--version','plan --help'])
+def test_some_answers_do_not_wait_for_torch(tmp_path, asked):
+    code = f"""import sys; from fasterfold.cli import app
+try: app({asked.split()})
+finally: print({{'torch','fastai','timm','numpy'}} & set(sys.modules))"""
+    res = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    assert res.returncode==0 and res.stdout.splitlines()[-1]=='set()', res.stderr
 
 def test_plan(box):
     before = tree(box)

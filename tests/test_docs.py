@@ -1,9 +1,10 @@
 "The site, opened in a browser, and the examples in README, pages and docstrings."
-import doctest, functools, http.server, importlib, json, re, subprocess, sys, threading
+import ast, doctest, functools, http.server, importlib, inspect, json, re, subprocess, sys, threading
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin
 import nbformat, pytest
+from fastcore.meta import delegates
 import browser
 
 pytestmark = pytest.mark.xdist_group('site') # which is built once
@@ -131,6 +132,37 @@ def test_api_is_documented(site):
     import pages as p
     missing = [k for k,(where,_) in p.api_names().items() if f'id="{p.anchor(k)}"' not in (site/f'{where}.html').read_text(encoding='utf-8')]
     assert p.api_names() and not missing
+
+def several(
+    *names:str, # Their names
+    many:bool=False, # More than one?
+): "Takes several."
+def strict(
+    a, # First
+    /,
+    b:tuple=(1, 2), # Second
+    *,
+    c:int=3, # Third
+    **more, # Others
+): "Takes some by place, some by name."
+def given(
+    x, # What
+    **kwargs
+): "Hands on what `strict` takes by name."
+
+@pytest.mark.parametrize('f,head,rows', [(several,'several(*names, many=False)',['`*names: str` | Their names','`many: bool` | More than one?']),
+    (strict,'strict(a, /, b=(1, 2), *, c=3, **more)',['`a` | First','`b: tuple` | Second','`c: int` | Third','`**more` | Others']),
+    (delegates(strict)(given),'given(x, *, b=(1, 2), c=3)',['`x` | What','`b` | Second','`c` | Third'])], ids=['several','strict','delegated'])
+def test_signatures_are_in_order(f, head, rows):
+    "Each argument with its star, in the order in which Python takes them, and with its comment."
+    import pages
+    text = pages.document(f.__name__, ast.parse(inspect.getsource(f)).body[0], f)
+    assert f'```python\n{head}\n```' in text
+    assert re.findall(r'^\| (`.*) \|$', text, re.M)==rows
+
+def test_rules_read_as_what_they_are(site):
+    text = re.sub('<[^>]+>', '', (site/'rules'/'00_core.html').read_text(encoding='utf-8'))
+    for f in ('pull','push','push_any','constant','beside'): assert f'\n{f}(*names)\n' in text
 
 def test_math_needs_no_script(site):
     text = (site/'how_it_works.html').read_text(encoding='utf-8')

@@ -9,7 +9,7 @@ from fastai.layers import BatchNorm1dFlat
 from torch import nn
 from torch.nn.utils import parametrize,parametrizations
 from torchvision.ops import FrozenBatchNorm2d
-from fasterfold.latency import latency
+from fasterfold.cost import latency
 from fasterfold.rules import PULL
 from fasterfold.state import FoldError
 from helpers import *

@@ -9,7 +9,7 @@ from torch import nn
 from fasterfold.fold import BN_Folder
 from fasterfold.find import Kept
 from fasterfold.plan import FoldPlan,Folded
-from fasterfold.latency import compare,count_parameters,latency,model_size
+from fasterfold.cost import compare,count_parameters,latency,model_size
 from fasterfold.report import FoldReport,folded_rows,kept_rows,report,rounding
 
 def norms(model): return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

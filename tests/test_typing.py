@@ -49,6 +49,12 @@ def learner(learn: Learner) -> Path:
 
 try: folder.fold(model)
 except FoldError as e: print(e)
+
+import fasterfold
+from fasterfold import BN_Folder as Same, FoldCallback as Callback, latency as timed
+version: str = fasterfold.__version__
+door: FoldPlan = Same(channels_last=True).plan(model)
+print(timed(model).median, Callback(), fasterfold.count_parameters(model), door)
 '''
 wrong = '''
 from torch import nn
@@ -59,6 +65,9 @@ BN_Folder().unfold()
 n: str = count_parameters(nn.Linear(1, 1))
 latency(nn.Linear(1, 1), seconds='1')
 def f(report: FoldReport) -> None: report.save()
+from fasterfold import BN_folder
+from fasterfold import latency as timed
+timed(nn.Linear(1, 1), seconds=None)
 '''
 
 @pytest.fixture(scope='module')
@@ -86,7 +95,7 @@ def pyright(folder):
 def test_checkers_tell_right_from_wrong(package, checker):
     "Nothing to say about what is right, nor about the stubs; and types that say nothing would let pass what is wrong."
     for name,text in dict(right=right, wrong=wrong).items(): (package/f'{name}.py').write_text(text)
-    assert checker(package)==[(Path('wrong.py'), n) for n in range(4, 10)]
+    assert checker(package)==[(Path('wrong.py'), n) for n in (*range(4, 11), 12)]
 
 def test_stubs_have_all_names(package):
     "Each public name, method and property of the package is in its stub."
