@@ -1,7 +1,7 @@
 """Random networks, folded.
 
-hypothesis draws a program of layers, functions, views and in-place writes, runs it in float64, folds it without verification (which would
-hide a wrong rule), and compares. `HYPOTHESIS_PROFILE=ci` (the default) draws 500 networks, always the same;
+hypothesis draws a program of layers, functions, views and in-place writes, runs it in float64, folds it with and without verification (which would
+hide a wrong rule), and compares: on the sample, on other values, another batch, another size and other arguments. `HYPOTHESIS_PROFILE=ci` (the default) draws 500 networks, always the same;
 `HYPOTHESIS_PROFILE=long python -m pytest tests/test_properties.py` draws 20,000 new ones.
 """
 import os, pytest, torch, torch.nn.functional as F
@@ -10,6 +10,7 @@ from hypothesis import HealthCheck,given,settings,strategies as st
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torchvision.ops import FrozenBatchNorm2d
+from fasterfold.sample import Sample,awkward
 from helpers import *
 
 slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example, HealthCheck.filter_too_much]
@@ -49,12 +50,14 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.mods,self.steps,self.outs,self.stashes,self.ran = nn.ModuleList(),[],[],[],[]
+        self.gain,self.route = .5,0 # numbers that come with the input
     def step(self, vals, f, src):
         res = f(self, *[vals[i] for i in src])
         vals += res if isinstance(res, (list,tuple)) else [res]
-    def forward(self, *xs):
-        vals = list(xs)
+    def forward(self, *xs, gain=.5, route=0):
+        self.gain,self.route,vals = gain,route,list(xs)
         for o in self.steps: self.step(vals, *o)
+        Net.count = len(vals) # on the class: what a run leaves in the model is put back
         return [vals[i] for i in self.outs]
     def extra_repr(self):
         c = [(f.__qualname__.partition('.')[0], f.__code__, f.__defaults__, src) for f,src in self.steps]
@@ -103,14 +106,17 @@ class Builder:
         else: self.net.steps.append((f,src))
         return len(self.vals)-1
 
-    def module(self, m, i):
-        "Add a call of the new module `m`."
+    def prepared(self, m):
+        "`m` with random numbers, in float64."
         with torch.no_grad():
             for p in m.parameters():
                 if p.dim()>1: p.copy_(torch.randn(p.shape, generator=self.gen, dtype=torch.float64)/max(1, p[0].numel())**.5)
                 else: p.copy_(torch.rand(p.shape, generator=self.gen, dtype=torch.float64)+.2)
         for o in m.modules(): self.hostile(o)
-        self.net.mods.append(m.double().eval())
+        return m.double().eval()
+    def module(self, m, i):
+        "Add a call of the new module `m`."
+        self.net.mods.append(self.prepared(m))
         return self.call(len(self.net.mods)-1, i)
     def call(self, k, i): return self.add(lambda net,x,k=k: net.mods[k](x), i)
 
@@ -395,6 +401,21 @@ def pad(b, i):
     if b.rank(i)==3 and b.shape(i)[-1]>2: fs += [lambda net,x,p=p: F.pad(x, p, mode='reflect'), lambda net,x,p=p: F.pad(x, p, mode='circular')]
     b.add(b.pick(*fs), i)
 @kind()
+def pad_to(b, i):
+    "Padding up to a multiple, which is none where the size is one already."
+    m = b.int(1, 4)
+    b.add(b.pick(lambda net,x: F.pad(x, (0,-x.shape[-1]%m)), lambda net,x: F.pad(x, (0,-x.shape[-1]%m), value=.5), lambda net,x: x/x.shape[-1],
+        lambda net,x: x.sum(-1, keepdim=True)/x.shape[-1], lambda net,x: x@x.new_ones(x.shape[-1], 1)), i)
+@kind()
+def gain(b, i): b.add(b.pick(lambda net,x: x*net.gain, lambda net,x: x+net.gain, lambda net,x: net.gain-x, lambda net,x: torch.add(x, x, alpha=net.gain)), i)
+@kind()
+def domain(b, i):
+    "A norm for each domain, of which an integer chooses one."
+    if not b.flag(3): return
+    b.net.mods.append(b.prepared(nn.ModuleList(b.norm(i) or nn.Identity() for _ in range(b.int(2, 3)))))
+    k,n = len(b.net.mods)-1,len(b.net.mods[-1])
+    b.add(lambda net,x: net.mods[k][net.route%n](x), i)
+@kind()
 def attention(b, i):
     if b.rank(i)!=3: return
     j = b.like(i, lambda v: v.dim()==3 and v.shape==b.vals[i].shape)
@@ -442,7 +463,7 @@ def perturbed(model, size=1e-10):
 def rounding(model, sample, refs):
     """How well float64 determines each output: by how much it moves when all numbers of the model are a little off, plus what float32
     makes of it, in units of float64. The latter is all there is where an output is zero but for rounding, as a norm over one value is."""
-    single = run(to_double(model).float(), tuple(o.float() for o in sample))
+    single = run(to_double(model).float(), Sample.of(sample).to(torch.float32))
     def apart(a, b): return (a.double()-b).nan_to_num(0, 0, 0).norm().item()
     return [apart(a, b)+100*2**-29*apart(c, b) for a,b,c in zip(run(perturbed(model), sample), refs, single)]
 
@@ -475,11 +496,22 @@ def check_on_nothing(model, sample, refs):
     except Exception: return # not all can run on it
     agree(run(BN_Folder(verify=False).fold(model, none), sample), refs, model, sample)
 
+def inputs(model, sample):
+    "The sample, other values, another batch, other sizes and other arguments, with what the model returns, as far as it takes them and makes as many values of them."
+    s = Sample(sample)
+    sizes = {k:awkward(n, i) for i,(k,n) in enumerate(s.labels.items())}
+    others = [s.map(lambda t: t*3+1), *(s.resized(o) for o in [{'batch':s.labels['batch']+1}, sizes, *({k:n} for k,n in sizes.items())]),
+        *(Sample(sample, o) for o in (dict(gain=2.), dict(route=1), dict(gain=-3., route=2)))]
+    count = (run(model, s),Net.count)[1]
+    for o in (s,*others):
+        try: refs = run(model, o)
+        except Exception: continue
+        if Net.count==count: yield o,refs
+
 def check(model, sample):
     "All that must hold of one network."
-    before,other = state(model),tuple(o*3+1 for o in sample)
-    refs,refs2 = run(model, sample),run(model, other)
-    assert state(model)==before
+    tried,before = list(inputs(model, sample)),state(model)
+    refs = tried[0][1]
     folder = BN_Folder(verify=False)
     new = folder.fold(model, sample)
     plan = folder.result
@@ -487,14 +519,14 @@ def check(model, sample):
     lost = norms_that_run(model, sample)-{*names_of(plan.folded),*names_of(plan.kept)}
     assert not lost, f"{lost} neither folded nor kept"
     assert not {*names_of(plan.folded)}&{*names_of(plan.kept)} and all(o.reason for o in plan.kept)
-    agree(run(new, sample), refs, model, sample)
-    agree(run(new, other), refs2, model, other)
+    for o,r in tried: agree(run(new, o), r, model, o)
     check_on_nothing(model, sample, refs)
     folder = BN_Folder()
     assert folder.fold(model, sample, inplace=True) is model
-    agree(run(model, sample), refs, model, sample)
+    folded = [run(model, o) for o,_ in tried]
     folder.undo()
     assert state(model)==before, "undo gave something else back"
+    for outs,(o,r) in zip(folded, tried): agree(outs, r, model, o)
     return plan
 
 @pytest.mark.timeout(1200 if settings().max_examples<1000 else 0)
