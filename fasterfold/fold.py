@@ -8,6 +8,7 @@ __all__ = ['BN_Folder']
 # %% ../nbs/08_fold.ipynb #c189fc1a
 import re, torch
 from contextlib import contextmanager
+from functools import partial
 from textwrap import shorten
 from fastcore.basics import patch, store_attr
 from torch import nn
@@ -17,6 +18,7 @@ from .edit import Snapshot, apply_plan, by_name, put
 from .plan import FoldPlan, plan_folds
 from .proof import Proof, compare_runs, distance, eps_of, largest, prove, run_as, to_double
 from .sample import Sample
+from .trace import glance, trace
 from .state import FoldError, check_model, copy_model, preserved
 
 
@@ -84,7 +86,7 @@ class BN_Folder:
         model = check_model(model)
         samples = _samples(model, sample, samples)
         if self.merge_branches: _merge(model:=copy_model(model), samples[0])
-        cover = widen(Cover(model, samples))
+        cover = widen(Cover(model, samples, trace))
         cover.main.plan.covers = describe(cover, 'Traced')
         return cover.main.plan
 
@@ -160,13 +162,30 @@ def _fold_as(self:BN_Folder, target, graph, exclude, tests, plan=None):
 def _fold(self:BN_Folder, target, samples):
     "Fold `target` in place; returns the plan."
     if self.merge_branches: _merge(target, samples[0])
-    try: plan = self._proved(target, Cover(target, samples))
-    except _Unlike: plan = self._proved(target, Cover(target, samples, watched=False))
+    plan,known = self._at_a_glance(target, samples) if self.verify and len(samples)==1 else (None,())
+    if plan is None:
+        try: plan = self._proved(target, Cover(target, samples, trace, known))
+        except _Unlike: plan = self._proved(target, Cover(target, samples, partial(trace, watched=False)))
     if self.strip_dropout: _strip(target, self._last[1])
     if self.channels_last:
         self._undo.append(Snapshot(target)) # of the folded weights: the last to change is the first to go back
         self.formats = _format(target, samples[0], self._undo[-1], self.channels_last=='auto')
     return plan
+
+@patch
+def _at_a_glance(self:BN_Folder, target, samples):
+    "Fold as a trace of another size says, if by that all norms go. The plan, or None, with nothing folded, and the traces."
+    try: cover = widen(Cover(target, samples, glance))
+    except Exception: return None,() # a trace will say what is wrong
+    main,first = cover.main,cover.trials[0]
+    traced,exclude = [t for t in cover.trials if t is not first],{}
+    asked = {q.where for t in traced for q in t.questions('data')}
+    seen = main is not first and main.plan.folded and not main.plan.kept and all(q.where in asked for q in first.questions('data'))
+    if not seen: return None,traced
+    plan = self._fold_as(target, main.graph, exclude, _tests(cover), main.plan)
+    if plan is None or exclude: return self._back(),traced
+    plan.covers = describe(cover, 'Proved')
+    return plan,traced
 
 @patch
 def _proved(self:BN_Folder, target, cover):
@@ -186,7 +205,7 @@ class _Unlike(Exception): "The model does something else when it is watched, as 
 def _tests(cover):
     "The inputs to compare outputs on: those of the user, another size, and all for which other norms would fold; the cheapest first."
     ts = cover.trials
-    tests = ts[:cover.given] + [t for i,t in enumerate(ts[cover.given:]) if not i or not same_edits(t.plan, cover.main.plan)]
+    tests = ts[:cover.given] + [t for i,t in enumerate(ts[cover.given:]) if not i or t.plan is not cover.main.plan and not same_edits(t.plan, cover.main.plan)]
     return sorted(tests, key=lambda t: sum(o.numel() for o in t.sample.tensors))
 
 # %% ../nbs/08_fold.ipynb #4c57da74
