@@ -52,7 +52,7 @@ def affine(self:NormCall, ctx):
             maps[o.out] = outs[0][1] if outs else Affine.identity(o.out.rank)
     return maps.get(self.y)
 
-# %% ../nbs/04_find.ipynb #98988d59
+# %% ../nbs/04_find.ipynb #af847fe6
 class _Probe(Context):
     "Reads some values as numbers of its own."
     def __init__(self, seen):
@@ -106,12 +106,14 @@ def _read_norm(call, n, ctx):
     c = norm_call(call)
     if any(0 in v.shape for v in call.ins):
         return None, "it ran on an empty tensor: fold with a sample that fills it" if c is not None or isinstance(call.module, _BatchNorm) else None
+    scripted = "it is TorchScript, of which nothing is edited" if isinstance(call.module, torch.jit.ScriptModule) else None
     try:
         if c is not None and (a := c.affine(ctx)) is not None and c.only_maps(): c.map = a
-    except Blocked as e: return None, str(e) if n else None
+    except Blocked as e: return None, (scripted or str(e)) if n else None
     if c is not None and c.map is not None and (n or c.map.scales):
+        if scripted: return None,scripted
         return (c,None) if call.given==1 else (None,"it is called with more than its input, which an `nn.Identity` does not take")
-    return None, f"`batch_norm` is called as a function in `{type(call.module).__name__}.forward`, which cannot be edited" if n else None
+    return None, (scripted or f"`batch_norm` is called as a function in `{type(call.module).__name__}.forward`, which cannot be edited") if n else None
 
 def find_norms(
     graph:Graph, # A traced forward pass

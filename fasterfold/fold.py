@@ -281,14 +281,15 @@ def _merge_branches(model):
 
 def _merge(target, sample):
     "Let timm merge the branches of blocks that know how to; taken back if the outputs change."
-    snap,modes,refs = Snapshot(target),{m:m.training for m in target.modules()},sample.run(target)
+    snap,modes,refs = Snapshot(target),{m:m.training for m in target.modules() if hasattr(m, 'training')},sample.run(target)
     with preserved(target):
         _merge_branches(target)
         merged = Snapshot(target)
     again,exact,double = sample.run(target),run_as(target, sample),to_double(target)
     _merge_branches(double)
     merged.restore()
-    for m in target.modules(): m.training = modes.get(m, modes[target])
+    for m in target.modules():
+        if hasattr(m, 'training'): m.training = modes.get(m, modes[target]) # frozen TorchScript has none
     if not prove(sample.run(target), refs, again, run_as(double, sample), exact, eps_of(target)).ok: snap.restore()
 
 # %% ../nbs/08_fold.ipynb #5a1c0e08
