@@ -127,7 +127,13 @@ def unwrap(
         else: return model
 
 # %% ../nbs/01_state.ipynb #36d279dd
+_spread = tuple(f'torch.distributed.{o}' for o in ('fsdp','_composable.fsdp','tensor','_tensor','_shard')) # by name: to import them takes time
+
 _refused = [ # (what is refused, what to say); in this order, since a layer without memory cannot be asked more
+    (lambda m,ts: any(c.__module__.startswith(_spread) for o in (m,*ts) for c in type(o).__mro__),
+        "is spread over several processes (`fully_shard`, FSDP, DTensor), and a fold needs its weights whole. Gather them first: load what "
+        "`torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))` returns "
+        "into a model that is not spread, and fold that one."),
     (lambda m,ts: any(isinstance(t, nn.parameter.UninitializedTensorMixin) for t in ts),
         "is not initialised yet. Run the model once on real data, then fold."),
     (lambda m,ts: any(t.is_meta for t in ts),
