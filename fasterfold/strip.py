@@ -85,7 +85,7 @@ def _why_not(seq, notes, k):
     "Why the entry `k` of `seq` stays, '' if it can go; `notes` are those of several runs."
     if not _runs_all(seq): return "its `forward` is no plain loop over its entries"
     if any(o.by_place for o in notes): return "other code counts its entries or goes through them while the model runs"
-    if not any(o.runs for o in notes): return "it did not run on the sample"
+    if not any(o.runs for o in notes): return "the loop of its container did not run on the sample"
     if any(k in o.by_key for o in notes): return "it is looked up by name while the model runs"
     return '' if _is_bare(seq._modules[k]) else "hooks or weights hang on it"
 

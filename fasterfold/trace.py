@@ -10,6 +10,7 @@ import torch, torch.nn.functional as F, weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
+from threading import get_ident
 from torch import nn, Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook, register_module_forward_hook
 from torch.overrides import TorchFunctionMode
@@ -278,6 +279,7 @@ def _made(self:Tracer, op, out, written, pure, stores):
 # %% ../nbs/03_trace.ipynb #adce3fd4
 @patch
 def _enter_module(self:Tracer, m, args):
+    if get_ident()!=self.thread: return
     given = [t for t in args if isinstance(t, Tensor)]
     ins = [self.value(t) for t in given]
     call = Call(m, self.graph.modules.get(m, [None])[0], self.stack[-1] if self.stack else None, ins=ins, given=len(args))
@@ -288,6 +290,7 @@ def _enter_module(self:Tracer, m, args):
 
 @patch
 def _exit_module(self:Tracer, m, args, *rest):
+    if get_ident()!=self.thread: return
     *kwargs,out = rest # after an exception, torch passes no keyword arguments
     call = self.stack.pop()
     while call.module is not m: call = self.stack.pop() # calls that ended in an exception the model caught
@@ -312,6 +315,7 @@ def _doubt(self:Tracer, call, args, kwargs, out):
 # %% ../nbs/03_trace.ipynb #a64a900e
 @patch
 def __enter__(self:Tracer):
+    self.thread = get_ident() # the hooks hear of modules in all threads
     self.handles = [register_module_forward_pre_hook(self._enter_module), register_module_forward_hook(self._exit_module, with_kwargs=True, always_call=True)]
     return TorchDispatchMode.__enter__(self)
 

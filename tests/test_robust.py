@@ -85,7 +85,7 @@ class Bomb(TorchDispatchMode):
         if self.n==self.at and func is not torch.ops.aten.copy_.default: raise self.error('planted')
         return func(*args, **(kwargs or {}))
 
-@pytest.mark.parametrize('options', [{},dict(channels_last=True, strip_dropout=True)])
+@pytest.mark.parametrize('options', [{},dict(channels_last=True, strip_dropout=True, strip_identity=True)])
 @pytest.mark.parametrize('error', [torch.OutOfMemoryError,KeyboardInterrupt])
 @pytest.mark.parametrize('stays', [False,True])
 def test_error_at_every_operation(error, options, stays):
@@ -127,7 +127,7 @@ def test_copy_changes_nothing():
     assert not {t.data_ptr() for t in net.state_dict().values()}&{t.data_ptr() for t in new.state_dict().values()}
     assert [m.training for m in new]==[m.training for m in net]
 
-@pytest.mark.parametrize('options', [{},dict(channels_last=True),dict(strip_dropout=True),dict(merge_branches=True),dict(verify=False)])
+@pytest.mark.parametrize('options', [{},dict(channels_last=True),dict(strip_dropout=True),dict(strip_identity=True),dict(merge_branches=True),dict(verify=False)])
 def test_undo_is_exact(options):
     net,x = network(),sample()
     before,folder = state(net),BN_Folder(**options)
