@@ -6,12 +6,13 @@
 __all__ = ['NormCall', 'norm_call', 'Kept', 'find_norms']
 
 # %% ../nbs/04_find.ipynb #22e1b901
+import torch
 from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from fastcore.basics import patch
 from .affine import Affine
-from .rules import Context, Blocked, constant_map, push_through
+from .rules import CONSTANT, Context, Blocked, constant_map, push_through
 from .trace import Call, Graph, Value
 
 # %% ../nbs/04_find.ipynb #03012c87
@@ -51,6 +52,26 @@ def affine(self:NormCall, ctx):
             maps[o.out] = outs[0][1] if outs else Affine.identity(o.out.rank)
     return maps.get(self.y)
 
+# %% ../nbs/04_find.ipynb #af847fe6
+class _Probe(Context):
+    "Reads some values as numbers of its own."
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+    def read(self, v): return self.seen[v] if v in self.seen else super().read(v)
+
+@patch
+def only_maps(self:NormCall):
+    "Do all operations that are no maps together leave each number as and where it was?"
+    ops = [o for o in sorted(self.ops, key=lambda o: o.index) if any(not v.const for v in o.inputs)]
+    if all(o.name in CONSTANT for o in ops): return True
+    x = torch.randn(self.x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    probe = _Probe({self.x:x.clone()})
+    for o in ops:
+        found = constant_map(o, probe)
+        probe.seen[o.out] = probe.read(o.out) if found is None else probe.seen[found[0]]
+    return torch.equal(probe.seen[self.y], x)
+
 # %% ../nbs/04_find.ipynb #a7103b92
 _scaling = ('mul','div','addcmul')
 def _scales(o): return 'batch_norm' in o.name or o.name in _scaling and any(v.const for v in o.inputs)
@@ -85,12 +106,14 @@ def _read_norm(call, n, ctx):
     c = norm_call(call)
     if any(0 in v.shape for v in call.ins):
         return None, "it ran on an empty tensor: fold with a sample that fills it" if c is not None or isinstance(call.module, _BatchNorm) else None
+    scripted = "it is TorchScript, of which nothing is edited" if isinstance(call.module, torch.jit.ScriptModule) else None
     try:
-        if c is not None: c.map = c.affine(ctx)
-    except Blocked as e: return None, str(e) if n else None
+        if c is not None and (a := c.affine(ctx)) is not None and c.only_maps(): c.map = a
+    except Blocked as e: return None, (scripted or str(e)) if n else None
     if c is not None and c.map is not None and (n or c.map.scales):
+        if scripted: return None,scripted
         return (c,None) if call.given==1 else (None,"it is called with more than its input, which an `nn.Identity` does not take")
-    return None, f"`batch_norm` is called as a function in `{type(call.module).__name__}.forward`, which cannot be edited" if n else None
+    return None, (scripted or f"`batch_norm` is called as a function in `{type(call.module).__name__}.forward`, which cannot be edited") if n else None
 
 def find_norms(
     graph:Graph, # A traced forward pass

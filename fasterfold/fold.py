@@ -6,7 +6,7 @@
 __all__ = ['BN_Folder']
 
 # %% ../nbs/08_fold.ipynb #c189fc1a
-import re, torch
+import torch
 from contextlib import contextmanager
 from functools import partial
 from textwrap import shorten
@@ -14,17 +14,18 @@ from fastcore.basics import patch, store_attr
 from torch import nn
 from torch.utils.benchmark import Timer
 from .cover import Cover, describe, difference, same_edits, widen
-from .edit import Snapshot, apply_plan, by_name, put
+from .edit import Snapshot, apply_plan
 from .plan import FoldPlan, plan_folds
 from .proof import Proof, compare_runs, distance, eps_of, largest, prove, run_as, to_double
 from .sample import Sample
-from .trace import glance, trace
 from .state import FoldError, check_model, copy_model, preserved
+from .strip import strip_dropout, strip_identity, take_out
+from .trace import glance, trace
 
 
 # %% ../nbs/08_fold.ipynb #eb52023c
 _yes_no = True,False
-_values = dict(strip_dropout=_yes_no, merge_branches=_yes_no, channels_last=(*_yes_no,'auto'), verify=_yes_no) # what each option may be
+_values = dict(strip_dropout=_yes_no, strip_identity=_yes_no, merge_branches=_yes_no, channels_last=(*_yes_no,'auto'), verify=_yes_no) # what each option may be
 
 def _check_option(k, v):
     "Raise `FoldError` if the option `k` cannot be `v`."
@@ -61,6 +62,7 @@ class BN_Folder:
     """
     def __init__(self,
         strip_dropout:bool=False, # Also replace dropout, which does nothing at inference, by `nn.Identity`?
+        strip_identity:bool=False, # Also take `nn.Identity` out of `nn.Sequential`s, by key? Names stay, positions shift
         merge_branches:bool=False, # First merge blocks that know how to (RepVGG, MobileOne, …; needs timm)?
         channels_last:bool|str=False, # Also use channels_last weights? 'auto' measures both and keeps the faster
         verify:bool=True, # Run the folded model and compare? Costs two forward passes
@@ -127,7 +129,10 @@ def refold(self:BN_Folder)->FoldPlan: # What was folded now
     if self._last is None: raise FoldError("There is nothing to fold again: call `fold` first.")
     if self._undo: raise FoldError("The model is folded already: call `undo` first.")
     target,graph,kept = self._last
-    self.result = self._try(target, graph, dict(kept))
+    before,self.result = self.result,self._try(target, graph, dict(kept))
+    if self.strip_dropout: strip_dropout(target, graph)
+    take_out(target, before.stripped)
+    self.result.stripped,self.result.notes = before.stripped,before.notes
     _list_buffers(self._whole)
     return self.result
 
@@ -162,11 +167,13 @@ def _fold_as(self:BN_Folder, target, graph, exclude, tests, plan=None):
 def _fold(self:BN_Folder, target, samples):
     "Fold `target` in place; returns the plan."
     if self.merge_branches: _merge(target, samples[0])
-    plan,known = self._at_a_glance(target, samples) if self.verify and len(samples)==1 else (None,())
+    plan,cover = self._at_a_glance(target, samples) if self.verify and len(samples)==1 else (None,None)
     if plan is None:
-        try: plan = self._proved(target, Cover(target, samples, trace, known))
-        except _Unlike: plan = self._proved(target, Cover(target, samples, partial(trace, watched=False)))
-    if self.strip_dropout: _strip(target, self._last[1])
+        known = [] if cover is None else cover.trials[1:]
+        try: plan = self._proved(target, cover := Cover(target, samples, trace, known))
+        except _Unlike: plan = self._proved(target, cover := Cover(target, samples, partial(trace, watched=False)))
+    if self.strip_dropout: strip_dropout(target, self._last[1])
+    if self.strip_identity: plan.stripped,plan.notes = strip_identity(target, [t.sample for t in cover.trials], self.verify)
     if self.channels_last:
         self._undo.append(Snapshot(target)) # of the folded weights: the last to change is the first to go back
         self.formats = _format(target, samples[0], self._undo[-1], self.channels_last=='auto')
@@ -174,24 +181,23 @@ def _fold(self:BN_Folder, target, samples):
 
 @patch
 def _at_a_glance(self:BN_Folder, target, samples):
-    "Fold as a trace of another size says, if by that all norms go. The plan, or None, with nothing folded, and the traces."
+    "Fold as a trace of another size says, if by that all norms go. The plan, or None, with nothing folded, and what was tried."
     try: cover = widen(Cover(target, samples, glance))
-    except Exception: return None,() # a trace will say what is wrong
-    main,first = cover.main,cover.trials[0]
-    traced,exclude = [t for t in cover.trials if t is not first],{}
+    except Exception: return None,None # a trace will say what is wrong
+    main,first,*traced = cover.main,*cover.trials
     asked = {q.where for t in traced for q in t.questions('data')}
-    seen = main is not first and main.plan.folded and not main.plan.kept and all(q.where in asked for q in first.questions('data'))
-    if not seen: return None,traced
+    if not traced or not main.plan.folded or main.plan.kept or not all(q.where in asked for q in first.questions('data')): return None,cover
+    exclude = {}
     plan = self._fold_as(target, main.graph, exclude, _tests(cover), main.plan)
-    if plan is None or exclude: return self._back(),traced
+    if plan is None or exclude: return self._back(),cover
     plan.covers = describe(cover, 'Proved')
-    return plan,traced
+    return plan,cover
 
 @patch
 def _proved(self:BN_Folder, target, cover):
     "Fold what can be proved. The plan."
     main,exclude = cover.main,{}
-    if self.verify and main.plan.folded: widen(cover)
+    if self.verify and (main.plan.folded or self.strip_identity): widen(cover)
     tests = _tests(cover) if self.verify else []
     plan = self._fold_as(target, main.graph, exclude, tests, main.plan)
     while plan is None:
@@ -280,14 +286,6 @@ def _blame(self:BN_Folder, target, cover, exclude, tests):
         else: bad = mid
     exclude[names[bad-1]] = f"failed verification: {_at_fault(check(bad), main)}"
 
-# %% ../nbs/08_fold.ipynb #9c15fb3b
-_drop = re.compile('Drop|StochasticDepth')
-
-def _strip(target, graph):
-    modules = by_name(target)
-    for c in graph.calls:
-        if c.name and _drop.search(type(c.module).__name__) and c.ins==[c.out]: put(modules, graph.modules[c.module], nn.Identity().train(c.module.training))
-
 # %% ../nbs/08_fold.ipynb #5a1c0e06
 def _merge_branches(model):
     try: from timm.utils import reparameterize_model
@@ -300,14 +298,15 @@ def _merge_branches(model):
 
 def _merge(target, sample):
     "Let timm merge the branches of blocks that know how to; taken back if the outputs change."
-    snap,modes,refs = Snapshot(target),{m:m.training for m in target.modules()},sample.run(target)
+    snap,modes,refs = Snapshot(target),{m:m.training for m in target.modules() if hasattr(m, 'training')},sample.run(target)
     with preserved(target):
         _merge_branches(target)
         merged = Snapshot(target)
     again,exact,double = sample.run(target),run_as(target, sample),to_double(target)
     _merge_branches(double)
     merged.restore()
-    for m in target.modules(): m.training = modes.get(m, modes[target])
+    for m in target.modules():
+        if hasattr(m, 'training'): m.training = modes.get(m, modes[target]) # frozen TorchScript has none
     if not prove(sample.run(target), refs, again, run_as(double, sample), exact, eps_of(target)).ok: snap.restore()
 
 # %% ../nbs/08_fold.ipynb #5a1c0e08

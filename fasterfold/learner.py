@@ -19,7 +19,7 @@ from .fold import BN_Folder
 from .plan import FoldPlan
 from .report import FoldReport,report
 from .sample import Sample
-from .state import FoldError,copy_model,unwrap
+from .state import FoldError,check_model,copy_model,unwrap
 
 # %% ../nbs/12_learner.ipynb #cfa58d23
 def _batch(dl, last=False):
@@ -40,14 +40,15 @@ def _batch(dl, last=False):
     finally: set_random_states(**rng)
 
 def _samples(learn, sample=None):
-    "`sample`, or the inputs of validation batches on the device of the model, the last short one among them, or without data one that is made up."
+    "`sample`, or the inputs of validation batches on the device of the model, the last short one among them, or without data one that is made up. Raises `FoldError` if the model cannot be edited."
+    model = check_model(learn.model)
     if sample is not None: return [Sample.of(sample)]
     for dl in reversed(getattr(learn.dls, 'loaders', [])[:2]):
         bs = [b for b in (_batch(dl),_batch(dl, last=True)) if b is not None]
         if not bs: continue
         n_inp = getattr(learn.dls, 'n_inp', 1 if len(bs[0])==1 else len(bs[0])-1)
-        return [Sample(to_device(tuple(b[:n_inp]), next(learn.model.parameters()).device)) for b in bs]
-    return [Sample.of(None, unwrap(learn.model))]
+        return [Sample(to_device(tuple(b[:n_inp]), next(model.parameters()).device)) for b in bs]
+    return [Sample.of(None, model)]
 
 # %% ../nbs/12_learner.ipynb #3cf42ca9
 @patch

@@ -35,6 +35,8 @@ class FoldPlan:
     sources:dict = field(default_factory=dict, repr=False) # Leaf value to the norms those maps come from
     removed:dict = field(default_factory=dict, repr=False) # Norm module to the modules that stay in its place
     proof:object = field(default=None, repr=False) # How the fold was checked
+    stripped:list = field(default_factory=list, repr=False) # Names of `nn.Identity` entries that were taken out
+    notes:list = field(default_factory=list, repr=False) # Sentences: what else there is to know
     covers:list = field(default_factory=list, repr=False) # Sentences: which inputs that covers, and what it does not
 
     def __getstate__(self): return vars(self) | dict(edits={}, sources={}, removed={})
@@ -61,17 +63,18 @@ def to_df(self:FoldPlan):
 @patch
 def __str__(self:FoldPlan):
     rows = self.rows()
-    if not rows: return self.summary
-    covers = ['', *self.covers] if self.covers else []
+    if not rows: return '\n'.join([self.summary, *self.notes])
+    more = [*self.covers,*self.notes]
     w,v = (max(len(r[i]) for r in rows) for i in (0,1))
-    return '\n'.join([self.summary] + [f"{a:<{w}}  {b:<{v}}  {c}".rstrip() for a,b,c in rows] + covers)
+    return '\n'.join([self.summary] + [f"{a:<{w}}  {b:<{v}}  {c}".rstrip() for a,b,c in rows] + ['']*bool(more) + more)
 
 @patch
 def _repr_html_(self:FoldPlan):
     def row(tag, cells): return '<tr>' + ''.join(f'<{tag} style="text-align:left">{html.escape(c)}</{tag}>' for c in cells) + '</tr>'
     body = ''.join(row('td', r) for r in self.rows())
     table = f"<table><thead>{row('th', _columns)}</thead><tbody>{body}</tbody></table>" if body else ''
-    return f"<p>{html.escape(self.summary)}</p>{table}" + (f"<p>{html.escape(' '.join(self.covers))}</p>" if self.covers else '')
+    more = ' '.join([*self.covers,*self.notes])
+    return f"<p>{html.escape(self.summary)}</p>{table}" + (f"<p>{html.escape(more)}</p>" if more else '')
 
 # %% ../nbs/05_plan.ipynb #0de8f019
 def _exposed(graph):
@@ -144,11 +147,13 @@ def _agreed(self:Planner, v, a, met, inside, ctx):
 # %% ../nbs/05_plan.ipynb #345b7d46
 @patch
 def _alone(self:Planner, v):
-    "Raise `Blocked` if the parameter `v` is sparse or nested, a view of another, or tied to a module that did not run."
+    "Raise `Blocked` if the parameter `v` is sparse or nested, a view of another, part of TorchScript, or tied to a module that did not run."
     if v.tensor is not None and not is_dense(v.tensor): raise Blocked(f"`{v.names[0]}` is sparse or nested")
     twins = [t for t in self.twins.get(v.store, []) if t is not v]
     if twins: raise Blocked(f"`{v.names[0]}` shares its memory with `{twins[0].names[0]}`")
     owners = {self.owners[n.rpartition('.')[0]]:n for n in v.names}
+    scripted = [n for m,n in owners.items() if isinstance(m, torch.jit.ScriptModule)]
+    if scripted: raise Blocked(f"`{scripted[0]}` is part of TorchScript, of which nothing is edited")
     idle = [n for m,n in owners.items() if m not in self.ran]
     if idle and len(owners)>1: raise Blocked(f"`{v.names[0]}` is tied to `{idle[0]}`, which did not run on the sample")
 

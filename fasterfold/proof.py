@@ -108,8 +108,10 @@ def run_as(
     edits=(), # (parameter, what it held, `Affine` maps of it) for weights to compute from what they held
     dtype:torch.dtype=torch.float64, # Of all that it holds and computes
 )->list: # The tensors it returns, in `dtype`
-    "Run `model` as if all that it holds and computes were `dtype`. Of parameters no copy is kept."
+    "Run `model` as if all that it holds and computes were `dtype`. Of parameters no copy is kept, except by TorchScript."
     shell = copy_model(model, [*model.parameters(), *(p for p,_,_ in edits)]) # takes what the model caches
+    for m in shell.modules():
+        if isinstance(m, torch.jit.ScriptModule): m.to(dtype) # it checks dtypes where no mode sees it
     with _Cast(dtype, edits) as mode, _Claimed(mode.cast): return run(shell, sample)
 
 # %% ../nbs/07_proof.ipynb #e65f1dc7

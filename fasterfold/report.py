@@ -188,7 +188,7 @@ def figures(self:FoldReport)->list:
 def _notes(self:FoldReport):
     res = [str(self.rounding)] if self.rounding else []
     where = dict.fromkeys(c.base.where for c in self.latency.values())
-    res += [f'Latency: medians on {w}, both models timed in turns.' for w in where]
+    res += [f'Latency: medians on {w}, both models timed in turns.' for w in where] + self.plan.notes
     if not self.formats: return res
     times = ', '.join(f'{k} {show_seconds(v)}' for k,v in self.formats.items())
     return [*res, f'Memory format: {times}; the folded model keeps {min(self.formats, key=self.formats.get)}.']

@@ -16,18 +16,19 @@ from .state import Detached, FoldError, is_dense, preserved
 # %% ../nbs/02_sample.ipynb #6448f77a
 def _is_object(o): return hasattr(o, '__dict__') and not isinstance(o, (type,nn.Module))
 
+def _look(o, res, seen):
+    for leaf in tree_flatten(o)[0]:
+        if isinstance(leaf, Tensor): res.extend(leaf.unbind() if leaf.is_nested else [leaf])
+        elif _is_object(leaf) and id(leaf) not in seen:
+            seen.add(id(leaf)) # objects may know one another
+            _look(dict(vars(leaf)), res, seen)
+
 def tensors_of(
     out, # Anything a model takes or returns
 )->list: # Its tensors, in a fixed order
     "The tensors in a structure, attributes of plain objects and parts of nested tensors included."
-    res,seen = [],set()
-    def look(o):
-        for leaf in tree_flatten(o)[0]:
-            if isinstance(leaf, Tensor): res.extend(leaf.unbind() if leaf.is_nested else [leaf])
-            elif _is_object(leaf) and id(leaf) not in seen:
-                seen.add(id(leaf)) # objects may know one another
-                look(dict(vars(leaf)))
-    look(out)
+    res = []
+    _look(out, res, set())
     return res
 
 # %% ../nbs/02_sample.ipynb #a595da20

@@ -44,6 +44,22 @@ def growing():
     finally:
         if on: gc.enable()
 
+# %% ../nbs/01_state.ipynb #101615ab
+_as_is = int,float,bool,str,type(None)
+
+def _scripted(m):
+    "What TorchScript holds for the module `m`, less its parameters; of a frozen one, its tensors."
+    if not isinstance(m, torch.jit.ScriptModule): return {}
+    names = 'training',*m._buffers.keys(),*(m._concrete_type.get_attributes() if hasattr(m, '_concrete_type') else ())
+    held = {k:m._c.getattr(k) for k in names if m._c.hasattr(k)}
+    return {k:v for k,v in held.items() if isinstance(v, (Tensor,list,dict,tuple,*_as_is))}
+
+def _put_scripted(m, old):
+    "Let TorchScript hold that again; each time it is asked for a list it makes a new one."
+    for k,v in old.items():
+        now = m._c.getattr(k)
+        if now is not v and not (type(v) in _as_is and now==v): m._c.setattr(k, v)
+
 # %% ../nbs/01_state.ipynb #a139ae3f
 def _refill(o, old):
     "Let a dict, set or list hold again what it held."
@@ -61,15 +77,16 @@ class Structure:
         self.modules = []
         for m in model.modules():
             held = [o for o in vars(m).values() if isinstance(o, (dict,set,list))]
-            self.modules.append((m, m.__class__, vars(m).copy(), [o for o in held if not o], [(o, o.copy()) for o in held if o]))
+            self.modules.append((m, m.__class__, vars(m).copy(), [o for o in held if not o], [(o, o.copy()) for o in held if o], _scripted(m)))
 
     def restore(self):
         "Let each module be and hold that again."
-        for m,cls,attrs,empty,full in self.modules:
+        for m,cls,attrs,empty,full,scripted in self.modules:
             if m.__class__ is not cls: m.__class__ = cls
             _refill(vars(m), attrs)
             for o in filter(None, empty): o.clear()
             for o,old in full: _refill(o, old)
+            _put_scripted(m, scripted)
 
 # %% ../nbs/01_state.ipynb #0940e464
 def _rng_state():
@@ -90,7 +107,7 @@ def preserved(
     modules = [m for m,*_ in before.modules]
     buffers = [(b, b._version, b.clone()) for m in modules for b in m._buffers.values() if b is not None]
     try:
-        if any(m.training for m in modules): model.eval()
+        if any(getattr(m, 'training', False) for m in modules): model.eval()
         with torch.no_grad(): yield
     finally:
         before.restore()
@@ -110,9 +127,13 @@ def unwrap(
         else: return model
 
 # %% ../nbs/01_state.ipynb #36d279dd
+_spread = tuple(f'torch.distributed.{o}' for o in ('fsdp','_composable.fsdp','tensor','_tensor','_shard')) # by name: to import them takes time
+
 _refused = [ # (what is refused, what to say); in this order, since a layer without memory cannot be asked more
-    (lambda m,ts: isinstance(m, torch.jit.ScriptModule),
-        "is TorchScript, whose layers cannot be edited. Fold the original model, then script or trace it."),
+    (lambda m,ts: any(c.__module__.startswith(_spread) for o in (m,*ts) for c in type(o).__mro__),
+        "is spread over several processes (`fully_shard`, FSDP, DTensor), and a fold needs its weights whole. Gather them first: load what "
+        "`torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))` returns "
+        "into a model that is not spread, and fold that one."),
     (lambda m,ts: any(isinstance(t, nn.parameter.UninitializedTensorMixin) for t in ts),
         "is not initialised yet. Run the model once on real data, then fold."),
     (lambda m,ts: any(t.is_meta for t in ts),
@@ -129,6 +150,8 @@ def check_model(
         what = "a Learner: fold `learn.model`, or call `learn.fold()`" if is_learner else f"{type(model).__name__}: pass a torch.nn.Module"
         raise FoldError(f"Only a PyTorch model can be folded, and this is {what}.")
     model = unwrap(model)
+    if isinstance(model, torch.jit.ScriptModule): raise FoldError(f"The model ({type(model).__name__}) is TorchScript, whose layers cannot be edited. "
+        "Fold the original model, then script or trace it.")
     for name,m in model.named_modules():
         ts = [t for t in (*m._parameters.values(),*m._buffers.values()) if t is not None]
         for is_refused,why in _refused:
@@ -136,7 +159,7 @@ def check_model(
     return model
 
 # %% ../nbs/01_state.ipynb #df6ca51a
-_as_is,_containers = (int,float,bool,str,type(None)),(dict,OrderedDict,set)
+_containers = dict,OrderedDict,set
 
 def _copied(model, memo):
     "`deepcopy` of `model`, of whose attributes most are plain values and empty containers, which need no search."

@@ -10,6 +10,7 @@ import torch, torch.nn.functional as F, weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
+from threading import get_ident
 from torch import nn, Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook, register_module_forward_hook
 from torch.overrides import TorchFunctionMode
@@ -78,7 +79,8 @@ class Op:
     def label(self):
         "What a person would call it: the layer's name, or the function and where it ran."
         if self.call is None: return f"`{self.name}`"
-        if not self.call.children and self.call.name: return f"`{self.call.name}` ({type(self.call.module).__name__})"
+        kind = 'TorchScript' if isinstance(self.call.module, torch.jit.ScriptModule) else type(self.call.module).__name__
+        if not self.call.children and self.call.name: return f"`{self.call.name}` ({kind})"
         return f"`{self.name}` in `{self.call.name or 'the model'}`"
     def __repr__(self): return f"{self.name}_{self.index}({', '.join(map(repr, self.inputs))})"
 
@@ -277,6 +279,7 @@ def _made(self:Tracer, op, out, written, pure, stores):
 # %% ../nbs/03_trace.ipynb #adce3fd4
 @patch
 def _enter_module(self:Tracer, m, args):
+    if get_ident()!=self.thread: return
     given = [t for t in args if isinstance(t, Tensor)]
     ins = [self.value(t) for t in given]
     call = Call(m, self.graph.modules.get(m, [None])[0], self.stack[-1] if self.stack else None, ins=ins, given=len(args))
@@ -286,11 +289,14 @@ def _enter_module(self:Tracer, m, args):
     self._watch(m, given)
 
 @patch
-def _exit_module(self:Tracer, m, args, out):
+def _exit_module(self:Tracer, m, args, *rest):
+    if get_ident()!=self.thread: return
+    *kwargs,out = rest # after an exception, torch passes no keyword arguments
     call = self.stack.pop()
     while call.module is not m: call = self.stack.pop() # calls that ended in an exception the model caught
     if isinstance(out, Tensor): call.out = self.value(out)
     self._watch(m, out)
+    if isinstance(m, torch.jit.ScriptModule): self._doubt(call, args, kwargs, out)
 
 @patch
 def _watch(self:Tracer, m, seen):
@@ -298,10 +304,19 @@ def _watch(self:Tracer, m, seen):
     for h in user_hooks(m):
         for t in tensors_of(seen): self.value(t).hooks.append(f"a hook ({h}) on `{self.graph.modules.get(m, ['?'])[0] or 'the model'}`")
 
+# %% ../nbs/03_trace.ipynb #07121ed8
+@patch
+def _doubt(self:Tracer, call, args, kwargs, out):
+    "Note on all that a TorchScript module got that it may read it unseen, if one of its values comes from nowhere."
+    values = [self.value(t) for t in tensors_of(out)]+[v for o in call.all_ops() for v in o.inputs]
+    if all(v.kind!='outside' and (v.op is None or 'empty' not in v.op.name) for v in values): return
+    for t in tensors_of((args,kwargs)): self.value(t).hooks.append(f"TorchScript (`{call.name}`)")
+
 # %% ../nbs/03_trace.ipynb #a64a900e
 @patch
 def __enter__(self:Tracer):
-    self.handles = [register_module_forward_pre_hook(self._enter_module), register_module_forward_hook(self._exit_module, always_call=True)]
+    self.thread = get_ident() # the hooks hear of modules in all threads
+    self.handles = [register_module_forward_pre_hook(self._enter_module), register_module_forward_hook(self._exit_module, with_kwargs=True, always_call=True)]
     return TorchDispatchMode.__enter__(self)
 
 @patch

@@ -80,7 +80,7 @@ def state(
     def held(t): return t.detach().contiguous().view(torch.uint8).numpy().tobytes() if t.numel() and t.dim() else t.item() if t.numel() else None
     def bits(t): return None if t is None else (id(t), t.dtype, tuple(t.shape), t.stride(), t.data_ptr(), t.requires_grad, held(t))
     hooks = ('_forward_hooks','_forward_pre_hooks','_backward_hooks','_backward_pre_hooks')
-    mods = [(n, id(m), type(m), m.training, tuple(m.__dict__), tuple((k,id(c)) for k,c in m._modules.items()),
+    mods = [(n, id(m), type(m), getattr(m, 'training', None), tuple(m.__dict__), tuple((k,id(c)) for k,c in m._modules.items()),
         tuple((k,bits(p)) for k,p in m._parameters.items()), tuple((k,bits(b)) for k,b in m._buffers.items()),
         tuple((h,tuple(getattr(m, h).items())) for h in hooks)) for n,m in model.named_modules(remove_duplicate=False)]
     return mods,rng_state(),torch.is_grad_enabled()

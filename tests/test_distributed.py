@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from fasterfold.proof import run,to_double
 from fasterfold.fold import BN_Folder
+from fasterfold.state import FoldError
 from helpers import eps_of,randomize_norms
 
 N = 2
@@ -40,18 +41,18 @@ def free_port():
         s.bind(('127.0.0.1', 0))
         return s.getsockname()[1]
 
-def _start(rank, f, port, path):
+def _start(rank, f, port, path, n):
     warnings.simplefilter('ignore')
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(N), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     if sys.platform=='linux': os.environ['GLOO_SOCKET_IFNAME'] = 'lo'
     torch.save(f(rank, path), path/f'{rank}.pt')
     if dist.is_initialized(): dist.destroy_process_group()
 
-def together(f, path):
-    "What `f(rank, path)` returns in each of two processes."
-    mp.spawn(_start, (f, free_port(), path), N)
-    return [torch.load(path/f'{rank}.pt') for rank in range(N)]
+def together(f, path, n=N):
+    "What `f(rank, path)` returns in each of `n` processes."
+    mp.spawn(_start, (f, free_port(), path, n), n)
+    return [torch.load(path/f'{rank}.pt') for rank in range(n)]
 
 def scores(preds, targs): return dict(n=len(targs), loss=cross_entropy(preds.double(), targs, reduction='sum'), classes=preds.argmax(1).bincount(minlength=10))
 
@@ -196,3 +197,93 @@ def _distrib_ctx(rank, path):
 def test_distrib_ctx(tmp_path):
     "All else of fastai's distributed training runs on the CPU, folds, and gathers predictions of the folded model."
     assert_like_one_process(*together(_distrib_ctx, tmp_path))
+
+def _fsdp1(model, mesh):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    return FullyShardedDataParallel(model, device_id=torch.device('cpu'))
+
+def _fsdp2(model, mesh):
+    from torch.distributed.fsdp import fully_shard
+    return fully_shard(model, mesh=mesh)
+
+def _fsdp2_of_parts(model, mesh):
+    for m in model.a,model.head: _fsdp2(m, mesh)
+    return model
+
+def _fsdp2_that_ran(model, mesh):
+    "After its forward pass, the weights of the outermost module are still whole, and nothing but its class shows that they will not stay so."
+    model = _fsdp2(model, mesh)
+    with torch.no_grad(): model(X[:2])
+    assert type(model.head.weight) is nn.Parameter
+    return model
+
+def _tensor_parallel(model, mesh):
+    from torch.distributed.tensor.parallel import ColwiseParallel,parallelize_module
+    return parallelize_module(model, mesh, dict(head=ColwiseParallel()))
+
+def _replicated(model, mesh):
+    from torch.distributed.tensor import distribute_module
+    return distribute_module(model, mesh)
+
+def _one_buffer(model, mesh):
+    from torch.distributed.tensor import distribute_tensor
+    model.norm.running_mean = distribute_tensor(model.norm.running_mean, mesh)
+    return model
+
+def _bits(model):
+    "What each process holds itself: the objects, and their numbers."
+    held = [*model.named_parameters(),*model.named_buffers()]
+    return [(k, id(t), type(t), type(m)) for k,t in held for m in model.modules()],[getattr(t, '_local_tensor', t).detach().clone() for _,t in held]
+
+def _spread(rank, path):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions,get_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    dist.init_process_group('gloo')
+    mesh,res = init_device_mesh('cpu', (dist.get_world_size(),)),{}
+    for spread in (_fsdp1,_fsdp2,_fsdp2_of_parts,_fsdp2_that_ran,_tensor_parallel,_replicated,_one_buffer):
+        try: model,said = spread(randomize_norms(new_net()), mesh),[]
+        except AttributeError: continue # the forward pass of torch 2.6 needs a GPU
+        what,numbers = _bits(model)
+        for f in (BN_Folder.plan,BN_Folder.fold,lambda *args: BN_Folder.fold(*args, inplace=True)):
+            for args in ((),(X[:2],)):
+                try: f(BN_Folder(), model, *args)
+                except FoldError as e: said.append(str(e))
+        after,same = _bits(model)
+        assert what==after and all(map(torch.equal, numbers, same)), spread.__name__
+        whole = new_net().eval()
+        whole.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))) # as the error says
+        original = randomize_norms(new_net())
+        assert_same(state(whole), state(original))
+        res[spread.__name__] = said,state(BN_Folder().fold(whole, X[:8]))
+    return res
+
+@pytest.mark.parametrize('n', [1,2])
+def test_weights_spread_over_processes(tmp_path, n):
+    "All processes refuse alike, whatever is called, and nothing has changed; gathered as the error says, the model folds."
+    first,*others = together(_spread, tmp_path, n)
+    assert len(first)>=6
+    want = state(BN_Folder().fold(randomize_norms(new_net()), X[:8]))
+    for name,(said,folded) in first.items():
+        assert len(said)==6 and len(set(said))==1 and 'Gather them first' in said[0], (name, said)
+        assert_same(folded, want)
+        for o in others:
+            assert o[name][0]==said
+            assert_same(o[name][1], folded)
+
+def _learner_of_shards(rank, path):
+    from torch.distributed.device_mesh import init_device_mesh
+    dist.init_process_group('gloo')
+    learn,said = get_learner(path),[]
+    _fsdp2(learn.model, init_device_mesh('cpu', (N,)))
+    calls = []
+    learn.model.register_forward_hook(lambda *_: calls.append(1))
+    with learn.no_bar(), learn.no_logging():
+        for f in (learn.fold,learn.fold_bn,learn.fold_plan,learn.folded().__enter__):
+            try: f()
+            except FoldError as e: said.append(str(e))
+    return said,len(calls)
+
+def test_learner_with_weights_spread_over_processes(tmp_path):
+    "It says so before it validates anything."
+    (said,calls),other = together(_learner_of_shards, tmp_path)
+    assert len(said)==4 and all('Gather them first' in o for o in said) and (said,calls)==other and not calls

@@ -457,6 +457,24 @@ def test_product_with_itself():
     folds(Fn(lambda m,x: m.norm(torch.addcmul(m.a(x), y:=m.conv(x), y)), a=conv(), conv=conv(), norm=nn.BatchNorm2d(4, bias=False)), image())
     folds(Fn(lambda m,x: m.norm(torch.bmm(y:=m.fc(x), y)), fc=nn.Linear(3, 3, bias=False), norm=nn.BatchNorm1d(3, bias=False)), double(2, 3, 3))
 
+NO_MAPS = dict(relu=F.relu, relu_=lambda x: x.relu_(), abs=torch.abs, flip=lambda x: x.flip(3), roll=lambda x: x.roll(1, 2), swap=lambda x: x[:,[1,0,3,2]],
+    avg_pool=lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), max_pool=lambda x: F.max_pool2d(x, 3, 1, 1),
+    shuffle=lambda x: x.flatten(2).transpose(1, 2).reshape(x.shape))
+@pytest.mark.parametrize('f', NO_MAPS.values(), ids=NO_MAPS)
+def test_scale_behind_what_is_no_map(f):
+    "One module does both: it is no norm, though its operations carry the identity on."
+    class Both(Scale):
+        def forward(self, x): return super().forward(f(x))
+    folds(nn.Sequential(conv(), Both(4)), image(), folded='', kept='')
+
+def test_scale_between_moves_that_cancel():
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gamma = nn.Parameter(torch.rand(4)-.5)
+        def forward(self, x): return (x.permute(0,2,3,1)*self.gamma).permute(0,3,1,2)
+    folds(nn.Sequential(conv(), Last()), image(), folded='1', kept='')
+
 @pytest.mark.parametrize('norm', [FrozenBatchNorm2d,Scale,nn.BatchNorm2d])
 def test_norm_whose_input_was_written_through_a_view(norm):
     def f(m, x):

@@ -44,6 +44,38 @@ def test_kind(name, tmp_path, quick):
     if name in ('unet_attention_blur','unet_no_last_cross'): return # used like any other unet
     with learn.no_logging(): uses(name, learn)
 
+def identities(learn): return [m for s in learn.model.modules() if isinstance(s, torch.nn.Sequential) for m in s if type(m) is torch.nn.Identity]
+
+@pytest.mark.parametrize('name', ['vision','unet','tabular','timm_body','xresnet'])
+def test_stripped(name, tmp_path, quick):
+    "Without `nn.Identity` a learner is used on, exported and loaded like any other, and takes the weights of one that has them."
+    learn = train(KINDS[name], tmp_path)
+    other = copy.deepcopy(learn)
+    before,n = classes(learn),len(norms(learn))
+    other.fold_bn()
+    with learn.no_logging(): res = learn.fold(strip_identity=True)
+    assert identities(other) and not identities(learn) and res.plan.stripped and len(res.plan.folded)+len(norms(learn))==n
+    if torch.is_tensor(before) and not before.is_floating_point(): assert torch.equal(before, classes(learn))
+    assert_same(state(other), state(learn))
+    other.save('weights')
+    learn.load('weights')
+    learn.export('export.pkl')
+    again = load_learner(tmp_path/'export.pkl')
+    x = next(iter(learn.dls.valid))[:learn.dls.n_inp]
+    with torch.no_grad(): assert torch.equal(*(torch.as_tensor(o.model.eval()(*x)) for o in (learn,again)))
+    with learn.no_logging(): uses(name, learn)
+
+def test_stripped_for_a_moment_and_by_callback(tmp_path, quick):
+    learn = KINDS['plain_learner'](tmp_path)
+    with learn.no_logging():
+        learn.fit(1, 1e-3)
+        before = state(learn)
+        with learn.folded(strip_identity=True): assert not norms(learn) and not identities(learn)
+        assert norms(learn)
+        assert_same(state(learn), before)
+        learn.fit(1, 1e-3, cbs=FoldCallback(strip_identity=True))
+    assert not norms(learn) and not identities(learn)
+
 def test_export_needs_no_fasterfold(tmp_path, quick, request):
     "Folded learners load and predict where fasterfold cannot be imported, also if they were trained with our callbacks."
     image,table = KINDS['vision'](tmp_path),KINDS['tabular'](tmp_path)

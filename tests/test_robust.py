@@ -1,5 +1,5 @@
 "Whatever goes wrong, the model is as it was; and what is folded keeps its dtype, device, memory format and wrappers."
-import copy, gc, random, sys
+import copy, gc, io, random, sys
 import numpy as np, pytest, torch
 import torch.distributed as dist
 from torch import nn
@@ -85,7 +85,7 @@ class Bomb(TorchDispatchMode):
         if self.n==self.at and func is not torch.ops.aten.copy_.default: raise self.error('planted')
         return func(*args, **(kwargs or {}))
 
-@pytest.mark.parametrize('options', [{},dict(channels_last=True, strip_dropout=True)])
+@pytest.mark.parametrize('options', [{},dict(channels_last=True, strip_dropout=True, strip_identity=True)])
 @pytest.mark.parametrize('error', [torch.OutOfMemoryError,KeyboardInterrupt])
 @pytest.mark.parametrize('stays', [False,True])
 def test_error_at_every_operation(error, options, stays):
@@ -127,7 +127,7 @@ def test_copy_changes_nothing():
     assert not {t.data_ptr() for t in net.state_dict().values()}&{t.data_ptr() for t in new.state_dict().values()}
     assert [m.training for m in new]==[m.training for m in net]
 
-@pytest.mark.parametrize('options', [{},dict(channels_last=True),dict(strip_dropout=True),dict(merge_branches=True),dict(verify=False)])
+@pytest.mark.parametrize('options', [{},dict(channels_last=True),dict(strip_dropout=True),dict(strip_identity=True),dict(merge_branches=True),dict(verify=False)])
 def test_undo_is_exact(options):
     net,x = network(),sample()
     before,folder = state(net),BN_Folder(**options)
@@ -449,6 +449,175 @@ def test_compiled():
     with torch.no_grad(): assert distance([net(x)], ref)<1e-6
     assert isinstance(net._orig_mod[1], nn.Identity)
 
+# ---- TorchScript inside a plain model
+
+class Remembering(nn.Module):
+    "An activation with a weight, which counts its calls in every way TorchScript has."
+    seen: list[torch.Tensor]
+    named: dict[str,int]
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('n', torch.zeros(()))
+        self.register_buffer('last', torch.zeros(2))
+        self.weight,self.act,self.drop,self.calls,self.seen,self.named = nn.Parameter(torch.rand(4, 1, 1)+.5),nn.ReLU(),nn.Dropout(),0,[],{}
+    def forward(self, x):
+        self.n += 1
+        self.last = self.last+x.mean()
+        self.calls += 1
+        self.seen.append(x)
+        self.named['calls'] = self.calls
+        return self.drop(self.act(x))*self.weight
+
+class OldStyle(torch.jit.ScriptModule):
+    @torch.jit.script_method
+    def forward(self, x): return x.relu()
+
+def loaded(m):
+    f = io.BytesIO()
+    torch.jit.save(m, f)
+    f.seek(0)
+    return torch.jit.load(f)
+
+def block(): return randomize_norms(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()))
+def traced(m): return torch.jit.trace(m.eval(), torch.randn(2, 4, 6, 6))
+def frozen(m): return torch.jit.freeze(torch.jit.script(m.eval()))
+def optimized(m): return torch.jit.optimize_for_inference(torch.jit.script(m.eval()))
+
+SCRIPTS = dict(activation=lambda: torch.jit.script(nn.ReLU()), in_place=lambda: torch.jit.script(nn.ReLU(inplace=True)), old_style=OldStyle,
+    dropout=lambda: torch.jit.script(nn.Dropout()), traced_activation=lambda: traced(nn.SiLU()), frozen_activation=lambda: frozen(nn.ReLU()),
+    remembering=lambda: torch.jit.script(Remembering()), loaded=lambda: loaded(torch.jit.script(Remembering())), block=lambda: torch.jit.script(block()),
+    loaded_block=lambda: loaded(torch.jit.script(block())), traced=lambda: traced(block()), frozen=lambda: frozen(block()),
+    optimized=lambda: optimized(block()))
+
+class Around(nn.Module):
+    "Norms behind a convolution, in front of the TorchScript module `m`, behind it, and of its input beside it."
+    def __init__(self, m):
+        super().__init__()
+        self.conv,self.norm,self.m = nn.Conv2d(3, 4, 3),nn.BatchNorm2d(4),m
+        self.conv2,self.norm2 = nn.Conv2d(4, 4, 1),nn.BatchNorm2d(4)
+    def forward(self, x): return self.norm2(self.conv2(self.m(self.norm(self.conv(x)))))
+
+def remembered(m):
+    "What TorchScript holds, and Python sees."
+    return [repr((k,getattr(o, k))) for o in m.modules() if isinstance(o, torch.jit.ScriptModule) for k in ('training','n','last','calls','seen','named') if hasattr(o, k)]
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('train', [False,True])
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_torchscript_child_is_left_alone(name, train):
+    torch.manual_seed(0)
+    net,x = randomize_norms(Around(SCRIPTS[name]())),sample()
+    net.train(train)
+    before,kept,refs = state(net),remembered(net),run(net, x)
+    for _ in range(3): # TorchScript compiles anew after its first runs
+        folder = BN_Folder()
+        new = folder.fold(net, x)
+        assert names_of(folder.result.folded)==['norm','norm2'] and distance(run(new, x), refs)<1e-6
+        assert 'failed' not in str(folder.result) and isinstance(new.m, torch.jit.ScriptModule) and new.m is not net.m
+        assert not {t.data_ptr() for t in net.state_dict().values()}&{t.data_ptr() for t in new.state_dict().values()}
+        m,folder = net.m,BN_Folder()
+        folder.fold(net, x, inplace=True)
+        assert net.m is m and distance(run(net, x), refs)<1e-6 and remembered(net)==kept
+        folder.undo()
+        folder.refold()
+        assert distance(run(net, x), refs)<1e-6
+        folder.undo()
+        assert state(net)==before and remembered(net)==kept
+    if name in ('block','traced','loaded_block'): assert 'TorchScript' in reason(folder.result, 'm')
+
+@pytest.mark.filterwarnings('ignore')
+def test_error_at_every_operation_around_torchscript():
+    "What TorchScript holds is put back, too; an error inside it may pass for one of a sample that the model does not take."
+    net,x = randomize_norms(Around(torch.jit.script(Remembering()))).train(),sample()
+    before,kept = state(net),remembered(net)
+    with Bomb(0, MemoryError) as bomb: BN_Folder().fold(net, x)
+    for at in range(1, bomb.n+1, 3):
+        folder = BN_Folder()
+        try:
+            with Bomb(at, MemoryError): folder.fold(net, x, inplace=True)
+        except (MemoryError,RuntimeError,FoldError): pass
+        else: folder.undo()
+        assert state(net)==before and remembered(net)==kept, f"operation {at}"
+
+@pytest.mark.parametrize('make', [torch.jit.script,traced])
+def test_torchscript_norm_stays(make):
+    "And no other folds into it."
+    norm,folder = randomize_norms(nn.BatchNorm2d(4)),BN_Folder()
+    net,x = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid(), nn.BatchNorm2d(4))),sample()
+    net.append(make(norm))
+    for verify in (True,False):
+        folder = BN_Folder(verify=verify)
+        new = folder.fold(net, x)
+        assert not folder.result.folded and 'TorchScript' in reason(folder.result, '3') and 'is part of TorchScript' in reason(folder.result, '2')
+        assert torch.equal(*run(new, x), *run(net, x))
+
+def test_weight_shared_with_torchscript():
+    conv = nn.Conv2d(3, 3, 1)
+    for first,last in ((conv,torch.jit.script(conv)), (torch.jit.script(conv),conv)):
+        net,folder = randomize_norms(nn.Sequential(first, nn.BatchNorm2d(3), nn.Sigmoid(), last)),BN_Folder(verify=False)
+        new = folder.fold(net, sample(), inplace=True)
+        assert reason(folder.result, '1') and isinstance(new[1], nn.BatchNorm2d)
+
+def test_torchscript_activation_of_a_norm_takes_its_place():
+    class NormAct(nn.BatchNorm2d):
+        def __init__(self, c):
+            super().__init__(c)
+            self.act = torch.jit.script(nn.SiLU())
+        def forward(self, x): return self.act(super().forward(x))
+    net,x = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3), NormAct(4))),sample()
+    new = BN_Folder().fold(net, x)
+    assert isinstance(new[1], torch.jit.ScriptModule) and distance(run(new, x), run(net, x))<1e-6
+
+@pytest.mark.parametrize('make', [torch.jit.script,traced])
+def test_norm_folds_through_torchscript(make):
+    "What passes a map as a plain module does so as TorchScript, and lets go of what it returns."
+    net,x,folder = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3), make(nn.AvgPool2d(2)), nn.BatchNorm2d(4), nn.ReLU())),sample(),BN_Folder()
+    new = folder.fold(net, x)
+    assert names_of(folder.result.folded)==['2'] and distance(run(new, x), run(net, x))<1e-6
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('by_name', [False,True])
+def test_torchscript_that_reads_unseen(by_name):
+    "Its kernels pass by the tracer: that it reads what the norm makes shows only in that its result comes from nowhere."
+    class Beside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm,self.conv,self.m = nn.BatchNorm2d(4),nn.Conv2d(4, 4, 1),optimized(block())
+        def forward(self, x):
+            y = self.norm(x.sigmoid())
+            return self.conv(y)+(self.m(input=y) if by_name else self.m(y))
+    net,x = randomize_norms(Beside()),torch.randn(2, 4, 6, 5)
+    for verify in (True,False):
+        folder = BN_Folder(verify=verify)
+        new = folder.fold(net, x)
+        assert 'TorchScript (`m`) sees what lies in between' in reason(folder.result, 'norm') and distance(run(new, x), run(net, x))==0
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', ['activation','remembering','block','traced','loaded_block','optimized'])
+def test_proof_with_torchscript_in_half_precision(name):
+    "In float64, or where it does not run in that, in its own dtype, in which nothing passes for proved."
+    net,x = randomize_norms(Around(SCRIPTS[name]())),sample()
+    if name!='optimized': net,x = net.bfloat16(),x.bfloat16()
+    folder = BN_Folder()
+    new = folder.fold(net, x)
+    proof = folder.result.proof
+    assert names_of(folder.result.folded)==['norm','norm2']
+    if name=='optimized': assert proof.exact is None
+    else:
+        assert proof.exact<1e-12
+        assert distance(run_as(net, x), run(to_double(net), x.double()))<1e-13 and all(p.dtype is torch.bfloat16 for p in net.parameters())
+        check_fold(net, new, x)
+
+def test_torchscript_in_a_learner(tmp_path):
+    from learners import plain,small # fastai takes seconds to import, chkstyle: ignore
+    model = small(nn.Linear(32, 16), torch.jit.script(nn.ReLU()), nn.BatchNorm1d(16), nn.Linear(16, 10))
+    learn = plain(tmp_path, model)
+    import fasterfold.learner # gives learners methods, chkstyle: ignore
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-2)
+        before,res = learn.get_preds()[0],learn.fold()
+        assert not res.plan.kept and len(res.plan.folded)==4 and distance([learn.get_preds()[0]], [before])<1e-5
+
 # ---- bad input
 
 class Lazy(nn.Sequential):
@@ -461,7 +630,7 @@ def quantized():
 class Learnerish: dls,model = None,nn.Linear(2, 2)
 
 BAD = dict(script=(lambda: torch.jit.script(pair()), 'TorchScript'), traced=(lambda: torch.jit.trace(pair(), sample()), 'TorchScript'),
-    script_inside=(lambda: nn.Sequential(torch.jit.script(pair()), nn.ReLU()), 'TorchScript'), quantized=(quantized, 'quantized'), meta=(lambda: pair().to('meta'), 'meta'),
+    wrapped_script=(lambda: nn.DataParallel(torch.jit.script(pair())), 'TorchScript'), quantized=(quantized, 'quantized'), meta=(lambda: pair().to('meta'), 'meta'),
     lazy=(Lazy, 'initialised'), function=(lambda: (lambda x: x), 'torch.nn.Module'), none=(lambda: None, 'torch.nn.Module'), weights=(lambda: pair().state_dict(), 'torch.nn.Module'),
     kind=(lambda: nn.BatchNorm2d, 'torch.nn.Module'), learner=(Learnerish, 'learn.model'))
 @pytest.mark.filterwarnings('ignore')
