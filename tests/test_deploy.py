@@ -37,12 +37,12 @@ def assert_right(model, x, outs):
     own,got = distance(run(model, x), ref),distance(tensors_of(outs), ref)
     assert got<=10*own+10*eps_of(model), f'{got:.1e} from float64, the original {own:.1e}'
 
-def batch_dims(x): return tuple({0:torch.export.Dim('batch', min=2)} for _ in x)
+def batch_dims(x): return tuple({0:torch.export.Dim('batch', min=2, max=1024)} for _ in x)
 
 @pytest.mark.parametrize('name', ['vision','timm_body','unet','tabular'])
 def test_export(name, tmp_path):
     model,new,left,xs = folded(name, tmp_path)
-    program = torch.export.export(plain(new), xs[0], dynamic_shapes=batch_dims(xs[0]))
+    program = torch.export.export(plain(new), xs[0], dynamic_shapes=batch_dims(xs[0]), strict=False)
     assert sum('batch_norm' in str(n.target) for n in program.graph.nodes)==left
     torch.export.save(program, tmp_path/'folded.pt2')
     module = torch.export.load(tmp_path/'folded.pt2').module()
