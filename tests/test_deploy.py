@@ -48,7 +48,10 @@ def test_export(name, tmp_path):
     module = torch.export.load(tmp_path/'folded.pt2').module()
     for x in xs: assert_right(model, x, module(*x))
 
-@pytest.mark.parametrize('name', ['vision','unet','tabular'])
+# as they were before folding, too
+not_in_onnx = pytest.mark.skipif(torch.__version__.startswith('2.6.'), reason='PyTorch 2.6 writes neither adaptive max pooling nor a norm that stays as ONNX')
+
+@pytest.mark.parametrize('name', [pytest.param('vision', marks=not_in_onnx),pytest.param('unet', marks=not_in_onnx),'tabular'])
 def test_onnx(name, tmp_path):
     model,new,left,xs = folded(name, tmp_path)
     program = torch.onnx.export(plain(new), xs[0], dynamo=True, dynamic_shapes=batch_dims(xs[0]), verbose=False)
