@@ -6,10 +6,10 @@ PEERS := .venv/.ready-peers
 STYLED := $(wildcard fasterfold nbs tests benchmarks docs)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-nbs test-py docs zoo bench export readme style dist clean
+.PHONY: help setup demo test test-nbs test-py test-oldest test-newest docs zoo bench export readme style dist clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 13
 
 # Set up again only if the requirements may have changed
 $(READY): settings.ini setup.py pyproject.toml
@@ -29,7 +29,7 @@ demo: $(READY) ## Train a small learner, fold it, report (pass options in ARGS)
 	$(BIN)/fasterfold demo --force $(ARGS)
 
 # The tests run side by side: one thread each
-test-nbs test-py: export OMP_NUM_THREADS := 1
+test-nbs test-py test-oldest test-newest: export OMP_NUM_THREADS := 1
 test-nbs test-py: export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 test: test-nbs test-py ## Run all tests: those of the notebooks, then those in tests/
@@ -39,6 +39,16 @@ test-nbs: $(READY)
 
 test-py: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+
+test-oldest: ## Run tests/ on the oldest releases that settings.ini allows, in .venv-oldest
+test-newest: ## Run tests/ on the newest releases there are, in .venv-newest
+test-oldest: PIN := s/>=/==/
+
+test-oldest test-newest: test-%:
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	sed -n 's/^requirements = //p' settings.ini | tr ' ' '\n' | sed '$(PIN)' > .venv-$*/pins.txt
+	.venv-$*/bin/python -m pip install --disable-pip-version-check --upgrade --upgrade-strategy eager -c .venv-$*/pins.txt -e '.[test]'
+	.venv-$*/bin/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 docs: $(READY) ## Build the site into docs/_build
 	$(BIN)/python docs/build.py $(ARGS)
@@ -68,4 +78,4 @@ dist: $(READY) ## Build the wheel and the source distribution into dist/
 
 clean: ## Remove what was built, the environment aside
 	rm -rf build dist *.egg-info _proc docs/_build .pytest_cache .hypothesis
-	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +

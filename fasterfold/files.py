@@ -6,7 +6,7 @@
 __all__ = ['WEIGHTS', 'Stop', 'Subject', 'open_model', 'check_outputs', 'new_file', 'write_folded']
 
 # %% ../nbs/13_files.ipynb #4947821f
-import difflib, os
+import difflib, inspect, os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,10 +187,14 @@ WEIGHTS = {'.pth': (_save_pth,_load_pth), '.safetensors': (_save_safetensors,_lo
 # %% ../nbs/13_files.ipynb #45c7d371
 def _save(subject, path, suffix):
     "Write `subject` to `path` in the format that `suffix` says."
-    import cloudpickle,torch
+    import torch
+    from fastai.learner import Learner
     try:
         if suffix in WEIGHTS: WEIGHTS[suffix][0](subject.model, path)
-        else: torch.save(subject.whole, path, pickle_module=cloudpickle, pickle_protocol=2)
+        else:
+            # what one release of fastai exports with cannot write the transforms of another
+            pickle_module = inspect.signature(Learner.export).parameters['pickle_module'].default
+            torch.save(subject.whole, path, pickle_module=pickle_module, pickle_protocol=2)
     except Exception as e: raise Stop(f'The folded model cannot be written ({type(e).__name__}: {e}): make room in {path.parent}, or write elsewhere.', code=1) from e
 
 def _read_back(subject, path, suffix, sample):

@@ -68,6 +68,11 @@ def check_fold(
     assert exact<=1e-10, f"wrong in float64: {exact:.1e}"
     assert diff<=10*own+10*eps_of(original), f"{diff:.1e} from float64, the original {own:.1e}"
 
+def without_bias(norm):
+    "`norm` as `bias=False` makes it in releases of PyTorch that have that argument."
+    norm.bias = None
+    return norm
+
 def names_of(items): return [o.norm for o in items]
 def reason(plan, norm): return next(o.reason for o in plan.kept if o.norm==norm)
 

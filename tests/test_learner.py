@@ -4,7 +4,7 @@ from contextlib import suppress
 from functools import partial
 import matplotlib
 matplotlib.use('agg')
-import numpy as np, pytest, torch
+import fastai, numpy as np, pytest, torch
 from fastai.callback.core import Callback,CancelFitException
 from fastai.callback.progress import CSVLogger,ProgressCallback
 from fastai.callback.tracker import EarlyStoppingCallback,SaveModelCallback
@@ -265,7 +265,7 @@ def test_folded_validation_broken_off(ex, tmp_path, quick):
 def test_save_and_load(tmp_path, quick):
     "Folded weights load into a new learner that is folded; where one side is not, the error has the recipe, and it works."
     learn = train(KINDS['vision'], tmp_path)
-    learn.save('whole')
+    learn.save('whole', with_opt=not fastai.__version__.startswith('2.7.')) # which writes optimizers that it cannot read by PyTorch's new defaults
     want = learn.fold_bn().get_preds()[0]
     learn.save('folded')
     new = KINDS['vision'](tmp_path)

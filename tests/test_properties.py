@@ -147,7 +147,8 @@ class Builder:
         if which==5: return nn.LayerNorm(s[-1], bias=self.flag())
         if which==6 and self.vals[i].numel()>s[1]>0 and r>2: return bn(s[1], affine=affine, track_running_stats=False)
         if which==7 and r==3: return BatchNorm1dFlat(s[-1])
-        return bn(s[1], affine=affine, bias=not self.flag(6))
+        m = bn(s[1], affine=affine)
+        return without_bias(m) if self.flag(6) else m
 
     def conv(self, i, transposed=False):
         "A convolution that fits value `i`."
