@@ -30,7 +30,7 @@ class Context:
         "The numbers of a constant value."
         if v.kind=='absent': t = torch.full(v.shape, v.fill, dtype=torch.float64)
         elif v.op is None:   t = v.tensor.detach()
-        elif v.op.name in ('_to_copy','to'): return self.read(v.op.args.self)
+        elif v.op.name=='_to_copy': return self.read(v.op.args.self)
         else: t = self._compute(v)
         t = t.to('cpu', torch.float64) if t.is_floating_point() else t.to('cpu')
         for a in self.edits.get(v, []): t = a(t)
