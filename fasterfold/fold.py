@@ -8,6 +8,7 @@ __all__ = ['BN_Folder']
 # %% ../nbs/08_fold.ipynb #c189fc1a
 import re, torch
 from contextlib import contextmanager
+from functools import partial
 from textwrap import shorten
 from fastcore.basics import patch, store_attr
 from torch import nn
@@ -17,8 +18,7 @@ from .edit import Snapshot, apply_plan, by_name, put
 from .plan import FoldPlan, plan_folds
 from .proof import Proof, compare_runs, distance, eps_of, largest, prove, run_as, to_double
 from .sample import Sample
-from .state import FoldError, check_model, copy_model, preserved
-
+from .state import FoldError, check_model, clock, copy_model, preserved
 
 # %% ../nbs/08_fold.ipynb #eb52023c
 _yes_no = True,False
@@ -294,7 +294,8 @@ def _merge(target, sample):
 # %% ../nbs/08_fold.ipynb #5a1c0e08
 def _format(target, sample, snap, auto):
     "Turn 4-D weights to channels_last; if `auto`, only if that is faster on the sample. Returns seconds by format."
-    def seconds(): return Timer('s.run(m)', globals=dict(m=target, s=sample), num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=.3).median
+    how = dict(timer=partial(clock, sample.device), num_threads=torch.get_num_threads())
+    def seconds(): return Timer('s.run(m)', globals=dict(m=target, s=sample), **how).blocked_autorange(min_run_time=.3).median
     before = seconds() if auto else None
     old = [(p, p.data) for p in target.parameters() if p.dim()==4]
     for p,data in old: snap.swap(p, data.contiguous(memory_format=torch.channels_last))

@@ -11,6 +11,7 @@ __all__ = ['PULL', 'PUSH', 'CONSTANT', 'BESIDE', 'Blocked', 'Context', 'need', '
 import torch
 from torch import Tensor
 from ..affine import Affine, unbroadcast
+from ..state import wide
 from ..trace import Op, Value
 
 # %% ../../nbs/rules/00_core.ipynb #da68185e
@@ -32,7 +33,7 @@ class Context:
         elif v.op is None:   t = v.tensor.detach()
         elif v.op.name=='_to_copy': return self.read(v.op.args.self)
         else: t = self._compute(v)
-        t = t.to('cpu', torch.float64) if t.is_floating_point() else t.to('cpu')
+        t = wide(t) if t.is_floating_point() else t.cpu()
         for a in self.edits.get(v, []): t = a(t)
         return t
 
