@@ -145,9 +145,11 @@ def latency(
 # %% ../nbs/10_cost.ipynb #13979502
 def _meter(device):
     "What tells how much memory of `device` is taken: its module, or PyTorch for all accelerators, or nothing does."
+    if device.type=='cpu': return None
     for m in (getattr(torch, device.type, None),getattr(torch, 'accelerator', None)):
         try:
-            if device.type!='cpu' and m.memory_allocated(device) and m.max_memory_allocated(device): return m
+            m.reset_peak_memory_stats(device)
+            if m.memory_allocated(device) and m.max_memory_allocated(device): return m
         except (AttributeError,NotImplementedError,RuntimeError,ValueError): pass # not for this one
 
 def peak_memory(

@@ -109,7 +109,7 @@ class Structure:
             for o in filter(None, empty): o.clear()
             for o,old in full: _refill(o, old)
 
-# %% ../nbs/01_state.ipynb #0940e464
+# %% ../nbs/01_state.ipynb #66781ad1
 def _of_all(m, name): return getattr(m, f'{name}_all', getattr(m, name, None)) # Apple has one GPU
 
 def _rng_state():
@@ -121,6 +121,7 @@ def _set_rng_state(state):
     for f,s in zip(setters, state):
         if s is not None: f(s)
 
+# %% ../nbs/01_state.ipynb #0940e464
 @contextmanager
 def preserved(
     model:nn.Module, # Any model
