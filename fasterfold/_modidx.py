@@ -535,6 +535,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fasterfold.trace._around': ('trace.html#_around', 'fasterfold/trace.py'),
                                   'fasterfold.trace._hook_name': ('trace.html#_hook_name', 'fasterfold/trace.py'),
                                   'fasterfold.trace._idle': ('trace.html#_idle', 'fasterfold/trace.py'),
+                                  'fasterfold.trace._in_wholes': ('trace.html#_in_wholes', 'fasterfold/trace.py'),
                                   'fasterfold.trace._record': ('trace.html#_record', 'fasterfold/trace.py'),
                                   'fasterfold.trace._run_in_training': ('trace.html#_run_in_training', 'fasterfold/trace.py'),
                                   'fasterfold.trace._schema': ('trace.html#_schema', 'fasterfold/trace.py'),

@@ -379,6 +379,12 @@ def _idle(model, sample, graph):
     return {n:a for n,a in idle.items() if model.get_submodule(n) not in training}
 
 # %% ../nbs/03_trace.ipynb #9478a644
+def _in_wholes(model, sample, watch):
+    "What `model` returns where nothing is run in parts, watched as it was."
+    args,kwargs = sample.copied()
+    if watch is not None: args,kwargs = watch.numbers((args,kwargs))
+    with preserved(model), watch or nullcontext(): return tensors_of(model(*args, **kwargs))
+
 def _record(model, sample, watched):
     args,kwargs = sample.copied()
     tracer = Tracer(model, (args,kwargs))
@@ -397,6 +403,7 @@ def _record(model, sample, watched):
         for v in graph.outputs: v.is_output = True
         for v in tracer.outliving(): v.hooks.append('what outlives the forward pass')
     for op in graph.ops: _add_absent(op, graph, known)
+    if graph.parted: graph.results = _in_wholes(model, sample, Watch(tracer.owns) if watched else None)
     return graph
 
 def _spelled(model, sample, watched):
@@ -417,5 +424,4 @@ def trace(
         if watched is not None: raise
         graph = _spelled(model, sample, False)
     graph.idle = _idle(model, sample, graph)
-    if graph.parted: graph.results = sample.run(model)
     return graph

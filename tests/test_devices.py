@@ -130,6 +130,18 @@ def test_nested_tensors_stay_whole():
     x = torch.nested.nested_tensor([torch.randn(n, 4) for n in (2,3)])
     assert [o.name for o in trace(Net(nn.Linear(4, 4)), x).ops][0]=='nested_linear'
 
+@pytest.mark.filterwarnings('ignore:.*nested tensors')
+def test_model_with_a_faster_way_that_it_leaves_when_watched(lib):
+    "What it returns then is compared with what it returns when nobody watches, with the same kernels."
+    from test_models import Ragged
+    def kernel(x, w, b=None): return torch.ops.aten.linear.default._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, x, w, b)
+    lib.impl('linear', kernel, 'CPU')
+    net,x = randomize_norms(Ragged()),torch.randint(1, 9, (3, 7)).where(torch.arange(7)<torch.tensor([[7],[4],[2]]), 0)
+    folder = BN_Folder()
+    new = folder.fold(net, x)
+    assert names_of(folder.result.folded)==['norm','last'] and not folder.result.kept
+    assert distance(run(new, x), run(net, x))<1e-5
+
 # ---- an accelerator without float64
 
 def on(x): return tree_map_only(torch.Tensor, lambda t: t.to('npu'), x)
