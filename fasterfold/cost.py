@@ -11,11 +11,12 @@ import numpy as np, torch
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from fastprogress import progress_bar
 from torch import nn
 from torch.utils.benchmark import Timer
 from .sample import Sample
-from .state import preserved
+from .state import clock, preserved
 from .table import html_table, styled, text_table
 
 # %% ../nbs/10_cost.ipynb #fbd58074
@@ -118,7 +119,8 @@ def compare(
     args,kwargs = sample.copied()
     threads,device = torch.get_num_threads(),sample.device
     turns = {k:[] for k in models}
-    def timer(m): return Timer('model(*args, **kwargs)', globals=dict(model=m, args=args, kwargs=kwargs), num_threads=threads)
+    how = dict(timer=partial(clock, device), num_threads=threads)
+    def timer(m): return Timer('model(*args, **kwargs)', globals=dict(model=m, args=args, kwargs=kwargs), **how)
     timers = {k:timer(m) for k,m in models.items()}
     with torch.no_grad(), ExitStack() as stack:
         for m in models.values():
@@ -141,20 +143,30 @@ def latency(
     return compare({type(model).__name__: model}, sample, seconds, progress).base
 
 # %% ../nbs/10_cost.ipynb #13979502
+def _meter(device):
+    "What tells how much memory of `device` is taken: its module, or PyTorch for all accelerators, or nothing does."
+    if device.type=='cpu': return None
+    for m in (getattr(torch, device.type, None),getattr(torch, 'accelerator', None)):
+        try:
+            m.reset_peak_memory_stats(device)
+            if m.memory_allocated(device) and m.max_memory_allocated(device): return m
+        except (AttributeError,NotImplementedError,RuntimeError,ValueError): pass # not for this one
+
 def peak_memory(
     model:nn.Module, # A module on a GPU
     sample, # Its input
-)->int|None: # Bytes; `None` where there is no CUDA memory to measure
-    "Bytes of CUDA memory that `model` and one forward pass take at the peak."
+)->int|None: # Bytes; `None` where PyTorch cannot tell, as on the CPU
+    "Bytes of the device's memory that `model` and one forward pass take at the peak."
     sample = Sample.of(sample)
-    dev = torch.device(sample.device)
-    if dev.type!='cuda': return None
+    device = torch.device(sample.device)
     args,kwargs = sample.copied()
+    meter = _meter(device)
+    if meter is None: return None
     with preserved(model):
         model(*args, **kwargs) # what libraries allocate once belongs to neither model
-        torch.cuda.synchronize(dev)
-        base = torch.cuda.memory_allocated(dev)
-        torch.cuda.reset_peak_memory_stats(dev)
+        clock(device)
+        base = meter.memory_allocated(device)
+        meter.reset_peak_memory_stats(device)
         model(*args, **kwargs)
-        torch.cuda.synchronize(dev)
-        return torch.cuda.max_memory_allocated(dev)-base+model_size(model)
+        clock(device)
+        return meter.max_memory_allocated(device)-base+model_size(model)

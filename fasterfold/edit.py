@@ -41,7 +41,7 @@ class Snapshot:
 # %% ../nbs/06_edit.ipynb #2727ba79
 def _round_to(out, t):
     "Write `t` to `out` in its dtype, subnormals as zero."
-    out.copy_(t)
+    out.copy_(t if out.is_cpu else t.to(out.dtype)) # not every device can read float64
     info = torch.finfo(out.dtype)
     if out.dtype is not torch.float16: torch.hardshrink(out, info.tiny*(1-info.eps), out=out)
 
@@ -57,7 +57,7 @@ def edited(
     wide = torch.empty_like(src[:n], dtype=torch.float64, device='cpu')
     for i in range(0, src.shape[0], n):
         rows = src[i:i+n]
-        t = wide[:rows.shape[0]].copy_(rows)
+        t = wide[:rows.shape[0]].copy_(rows.cpu())
         for a in maps: a.rows(i, n)(t, out=t)
         _round_to(out[i:i+n], t)
     return new

@@ -18,7 +18,7 @@ from .edit import Snapshot, apply_plan
 from .plan import FoldPlan, plan_folds
 from .proof import Proof, compare_runs, distance, eps_of, largest, prove, run_as, to_double
 from .sample import Sample
-from .state import FoldError, check_model, copy_model, preserved
+from .state import FoldError, check_model, clock, copy_model, preserved
 from .strip import strip_dropout, strip_identity, take_out
 from .trace import glance, trace
 
@@ -312,7 +312,8 @@ def _merge(target, sample):
 # %% ../nbs/08_fold.ipynb #5a1c0e08
 def _format(target, sample, snap, auto):
     "Turn 4-D weights to channels_last; if `auto`, only if that is faster on the sample. Returns seconds by format."
-    def seconds(): return Timer('s.run(m)', globals=dict(m=target, s=sample), num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=.3).median
+    how = dict(timer=partial(clock, sample.device), num_threads=torch.get_num_threads())
+    def seconds(): return Timer('s.run(m)', globals=dict(m=target, s=sample), **how).blocked_autorange(min_run_time=.3).median
     before = seconds() if auto else None
     old = [(p, p.data) for p in target.parameters() if p.dim()==4]
     for p,data in old: snap.swap(p, data.contiguous(memory_format=torch.channels_last))

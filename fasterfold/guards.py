@@ -8,6 +8,7 @@ __all__ = ['Question', 'Extent', 'Ratio', 'remember', 'Watch']
 # %% ../nbs/02x_guards.ipynb #8a39e8b4
 import math, operator, os, sys, torch, weakref
 from dataclasses import dataclass
+from itertools import count
 from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -115,7 +116,7 @@ class Watch(TorchFunctionMode):
     ):
         super().__init__()
         self.own,self.questions,self.sizes,self.busy,self.on = own,[],{},False,True # `sizes`: (tensor in the order of asking, dimension) to extent, place of a number in the sample to it
-        self.known = {}
+        self.known,self.order = {},count()
 
     def __exit__(self, *exc):
         self.on = False
@@ -126,7 +127,7 @@ class Watch(TorchFunctionMode):
 
     def _size(self, t, d, n):
         ref,k = self.known.get(id(t), (None,None))
-        if ref is None or ref() is not t: k = len(self.known)+len(self.sizes) # never the number of another
+        if ref is None or ref() is not t: k = next(self.order) # whose `id` it has, if any, is a matter of chance
         self.known[id(t)] = weakref.ref(t),k
         self.sizes[k,d] = n
         return remember(n, f'shape[{d}]', lambda size: size((k,d), n), self)

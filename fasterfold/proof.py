@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 from .edit import edited
 from .sample import Sample
-from .state import copy_model
+from .state import copy_model, has_float64, wide
 from .trace import Tracer
 
 # %% ../nbs/07_proof.ipynb #d2e86ff6
@@ -33,7 +33,7 @@ class Proof:
 
 def _apart(a, b):
     if not b.is_floating_point(): return 0. if torch.equal(a, b.to(a.device)) else float('inf')
-    a,b = (t.detach().to('cpu', torch.float64) for t in (a,b))
+    a,b = wide(a),wide(b)
     fin = b.isfinite()
     if not torch.equal(a.isfinite(), fin): return float('inf')
     return ((a[fin]-b[fin]).norm()/b[fin].norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
@@ -57,26 +57,32 @@ def run(
 def to_double(
     model:nn.Module, # Any model
 )->nn.Module: # A float64 copy
-    "A copy of `model` that holds float64 numbers."
-    return copy_model(model).train().double().eval() # `train` empties what some models cache for inference
+    "A copy of `model` that holds float64 numbers, on the CPU if its device has none."
+    model = copy_model(model).train() # empties what some models cache for inference
+    if not all(has_float64(t.device.type) for ts in (model.parameters(),model.buffers()) for t in ts): model = model.cpu()
+    return model.double().eval()
 
 # %% ../nbs/07_proof.ipynb #5a1c0e12
-_dtype = Tensor.dtype.__get__
+_dtype,_device = Tensor.dtype.__get__,Tensor.device.__get__
 
 class _Cast(TorchDispatchMode):
-    "Every operation reads and returns `dtype`; `edits` as in `Snapshot`."
+    "Every operation reads and returns `dtype`, on the CPU if a device has no such numbers; `edits` as in `Snapshot`."
     _should_skip_dynamo = Tracer._should_skip_dynamo
     def __init__(self, dtype, edits):
         super().__init__()
         self.dtype,self.edits,self.done,self.casting = dtype,WeakIdKeyDictionary(),WeakIdKeyDictionary(),False
         for p,old,maps in edits: self.edits[p] = old,maps
 
+    def _place(self, device): return device if self.dtype is not torch.float64 or has_float64(device.type) else torch.device('cpu')
+
     def _tensor(self, t):
+        place,dtype = self._place(t.device),self.dtype if t.is_floating_point() else t.dtype
         if t in self.edits:
             old,maps = self.edits[t]
-            return edited(old, maps, self.dtype)
-        if t.dtype is self.dtype or isinstance(t, nn.Parameter): return t.to(self.dtype)
-        if t not in self.done: self.done[t] = t.to(self.dtype) # what is written to it later shall be read again
+            return edited(old.to(place), maps, dtype)
+        if (t.device,t.dtype)==(place,dtype): return t
+        if isinstance(t, nn.Parameter): return t.to(place).to(dtype)
+        if t not in self.done: self.done[t] = t.to(place).to(dtype) # what is written to it later shall be read again
         return self.done[t]
 
     def cast(self, a):
@@ -84,21 +90,21 @@ class _Cast(TorchDispatchMode):
         if type(a) in (list,tuple): return type(a)(map(self.cast, a))
         if type(a) is dict: return {k: self.cast(v) for k,v in a.items()}
         if isinstance(a, torch.dtype): return self.dtype if a.is_floating_point else a
-        if not isinstance(a, Tensor) or not a.is_floating_point(): return a
+        if not isinstance(a, (Tensor,torch.device)): return a
         self.casting = True # its own operations are none of the model's
-        try: return self._tensor(a)
+        try: return self._tensor(a) if isinstance(a, Tensor) else self._place(a)
         finally: self.casting = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None): return func(*self.cast(args), **self.cast(kwargs or {}))
 
 class _Claimed(TorchFunctionMode):
-    "Functions get tensors of one dtype before they check that dtypes agree, and tensors say that they have it."
+    "Functions get tensors of one dtype and where they are before they check that these agree, and tensors say the same."
     def __init__(self, cast):
         super().__init__()
         self.cast = cast
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func==_dtype: return self.cast(func(*args))
+        if func in (_dtype,_device): return self.cast(func(*args))
         if func.__name__=='__get__': return func(*args)
         return func(*self.cast(args), **self.cast(kwargs or {}))
 
@@ -107,7 +113,7 @@ def run_as(
     sample, # What to call it with
     edits=(), # (parameter, what it held, `Affine` maps of it) for weights to compute from what they held
     dtype:torch.dtype=torch.float64, # Of all that it holds and computes
-)->list: # The tensors it returns, in `dtype`
+)->list: # The tensors it returns, in `dtype`; on the CPU if its device has no float64 and that is asked for
     "Run `model` as if all that it holds and computes were `dtype`. Of parameters no copy is kept, except by TorchScript."
     shell = copy_model(model, [*model.parameters(), *(p for p,_,_ in edits)]) # takes what the model caches
     for m in shell.modules():
@@ -117,7 +123,7 @@ def run_as(
 # %% ../nbs/07_proof.ipynb #e65f1dc7
 def largest(outs, refs):
     pairs = [(a,b) for a,b in zip(outs, refs) if a.shape==b.shape and a.numel() and b.is_floating_point()]
-    return max([(a.double()-b.double()).abs().max().item() for a,b in pairs], default=0.)
+    return max([(wide(a)-wide(b)).abs().max().item() for a,b in pairs], default=0.)
 
 def eps_of(model): return max([torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()], default=torch.finfo(torch.float32).eps)
 

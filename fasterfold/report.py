@@ -16,6 +16,7 @@ from .cost import UNITS,compare,count_parameters,model_size,peak_memory,show_sec
 from .plan import FoldPlan
 from .proof import run_as
 from .sample import Sample
+from .state import wide
 from .table import html_table,styled,text_table
 
 # %% ../nbs/11_report.ipynb #78804f9e
@@ -32,7 +33,7 @@ class Rounding:
         if self.original is None: return res
         return f'{res} Rounding error (distance to a float64 run of the original): {self.original:.2g} before, {self.folded:.2g} after.'
 
-def _gap(a, b): return max([0., *((x.double()-y.double()).abs().max().item() for x,y in zip(a, b) if x.numel())])
+def _gap(a, b): return max([0., *((wide(x)-wide(y)).abs().max().item() for x,y in zip(a, b) if x.numel())])
 
 def rounding(
     original:nn.Module, # Model before folding
@@ -44,7 +45,7 @@ def rounding(
     a,b = sample.run(original),sample.run(folded)
     scale = _gap(a, [torch.zeros_like(t) for t in a])
     try: exact = run_as(original, sample)
-    except Exception: return Rounding(_gap(b, a), None, None, scale) # it refuses float64, or its device has none
+    except Exception: return Rounding(_gap(b, a), None, None, scale) # it refuses float64
     return Rounding(_gap(b, a), _gap(a, exact), _gap(b, exact), scale)
 
 # %% ../nbs/11_report.ipynb #a3f3ec6f

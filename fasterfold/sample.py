@@ -11,7 +11,7 @@ from torch import nn, Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
 from fastcore.basics import patch
-from .state import Detached, FoldError, is_dense, preserved
+from .state import Detached, FoldError, is_dense, preserved, wide
 
 # %% ../nbs/02_sample.ipynb #6448f77a
 def _is_object(o): return hasattr(o, '__dict__') and not isinstance(o, (type,nn.Module))
@@ -107,7 +107,7 @@ def jittered(self:Sample,
 ): # A `Sample`
     "The same with numbers that are off by about `eps` of their size."
     g = torch.Generator().manual_seed(seed)
-    def off(t): return (t.double()*(1+eps*torch.randn(t.shape, generator=g, dtype=torch.float64).to(t.device))).to(t.dtype)
+    def off(t): return (wide(t)*(1+eps*torch.randn(t.shape, generator=g, dtype=torch.float64))).to(t.dtype).to(t.device)
     return self.map(lambda t: off(t) if t.is_floating_point() else t)
 
 # %% ../nbs/02_sample.ipynb #e4634de0

@@ -7,7 +7,7 @@ __all__ = ['Value', 'Op', 'Call', 'Graph', 'user_hooks', 'Tracer', 'trace', 'gla
 
 # %% ../nbs/03_trace.ipynb #fc73e20c
 import torch, torch.nn.functional as F, weakref
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from threading import get_ident
@@ -15,7 +15,7 @@ from torch import nn, Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook, register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 from fastcore.basics import AttrDict, patch
 from .guards import Watch
 from .sample import Sample, tensors_of
@@ -110,6 +110,8 @@ class Graph:
     modules:dict = field(default_factory=dict) # Module to its qualified names
     watch:Watch = None # What the model's code asked; None if it could not be watched
     idle:dict = field(default_factory=dict) # Name of each layer with weights of its own that took no part to the module, by name, that would run it
+    parted:bool = False # Ran an operation in parts that the model runs as a whole?
+
 
 # %% ../nbs/03_trace.ipynb #929a681e
 def _hook_name(h):
@@ -124,13 +126,16 @@ def user_hooks(
     return [_hook_name(h) for hooks in kinds for h in hooks.values() if not type(h).__module__.startswith('torch.nn.utils')]
 
 # %% ../nbs/03_trace.ipynb #24d6aba0
+_composite = torch._C.DispatchKey.CompositeImplicitAutograd
+
 @lru_cache(None)
 def _schema(func):
-    "Default of each argument, names of the arguments written to, name of an ATen operation, and whether it only computes something from its arguments."
+    "Default of each argument, names of the arguments written to, name of an ATen operation, whether it only computes something from its arguments, and whether it is made of others."
     args,name = func._schema.arguments,func._schema.name.split('::')[-1]
     writes = [a.name for a in args if a.alias_info is not None and a.alias_info.is_write]
     pure = not writes and torch.Tag.nondeterministic_seeded not in func.tags
-    return {a.name:a.default_value if a.has_default_value() else None for a in args}, writes, name.removesuffix('_'), pure
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _composite)
+    return {a.name:a.default_value if a.has_default_value() else None for a in args}, writes, name.removesuffix('_'), pure, composite
 
 def _storage(t):
     try: return t.untyped_storage()._cdata
@@ -180,7 +185,12 @@ class Tracer(TorchDispatchMode):
             self.graph.inputs.append(self._add(t, 'input', place=len(self.graph.inputs)))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs,(defaults,writes,name,pure) = kwargs or {},_schema(func)
+        kwargs,(defaults,writes,name,pure,composite) = kwargs or {},_schema(func)
+        if composite and not any(isinstance(t, Tensor) and t.is_nested for t in tree_flatten((args,kwargs))[0]):
+            self.graph.parted = True
+            try:
+                with self: return func._op_dk(_composite, *args, **kwargs)
+            except Exception: pass # nothing but the whole runs here
         given = defaults | dict(zip(defaults, args)) | kwargs
         bound,inputs,stores = self._bind(given)
         out = func(*args, **kwargs)
@@ -314,21 +324,20 @@ def _doubt(self:Tracer, call, args, kwargs, out):
 
 # %% ../nbs/03_trace.ipynb #a64a900e
 @patch
-def __enter__(self:Tracer):
+@contextmanager
+def hooked(self:Tracer):
+    "Let the tracer know of each call of a module."
     self.thread = get_ident() # the hooks hear of modules in all threads
-    self.handles = [register_module_forward_pre_hook(self._enter_module), register_module_forward_hook(self._exit_module, with_kwargs=True, always_call=True)]
-    return TorchDispatchMode.__enter__(self)
-
-@patch
-def __exit__(self:Tracer, *exc):
-    for h in self.handles: h.remove()
-    return TorchDispatchMode.__exit__(self, *exc)
+    handles = [register_module_forward_pre_hook(self._enter_module), register_module_forward_hook(self._exit_module, with_kwargs=True, always_call=True)]
+    try: yield
+    finally:
+        for h in handles: h.remove()
 
 # %% ../nbs/03_trace.ipynb #74ae4c70
 _bn_ops = ('native_batch_norm','cudnn_batch_norm','_native_batch_norm_legit_no_training')
 _biased = (nn.modules.conv._ConvNd,nn.Linear),dict(bias=0.)
 _scaled = (nn.modules.batchnorm._BatchNorm,nn.LayerNorm,nn.GroupNorm),dict(weight=1., bias=0.)
-_optional = dict.fromkeys(('convolution','mm'), _biased) | dict.fromkeys((*_bn_ops,'native_layer_norm','native_group_norm'), _scaled)
+_optional = dict.fromkeys(('convolution','mm','bmm'), _biased) | dict.fromkeys((*_bn_ops,'native_layer_norm','native_group_norm'), _scaled)
 
 def _add_absent(op, graph, known):
     "Give `op` a value for the weight or bias its layer could have but has not; `known` are those that other operations got."
@@ -338,7 +347,7 @@ def _add_absent(op, graph, known):
     for k,fill in fills.items():
         if op.args.get(k) is not None or k not in m._parameters or m._parameters[k] is not None: continue
         if (m,k) not in known:
-            dim = -1 if op.name in ('mm','native_layer_norm') else 1
+            dim = -1 if op.name in ('mm','bmm','native_layer_norm') else 1
             dtype = m.weight.dtype if k=='bias' and getattr(m, 'weight', None) is not None else op.out.dtype
             v = Value(-1, (op.out.shape[dim],), dtype, 'absent', -1, names=(f"{op.call.name}.{k}",), const=True, fill=fill, slot=(m,k))
             known[m,k] = v
@@ -385,6 +394,12 @@ def _idle(model, sample, graph):
     return {n:a for n,a in idle.items() if model.get_submodule(n) not in training}
 
 # %% ../nbs/03_trace.ipynb #9478a644
+def _in_wholes(model, sample, watch):
+    "What `model` returns where nothing is run in parts, watched as it was."
+    args,kwargs = sample.copied()
+    if watch is not None: args,kwargs = watch.numbers((args,kwargs))
+    with preserved(model), watch or nullcontext(): return tensors_of(model(*args, **kwargs))
+
 def _record(model, sample, watched):
     args,kwargs = sample.copied()
     tracer = Tracer(model, (args,kwargs))
@@ -392,7 +407,7 @@ def _record(model, sample, watched):
     if watched:
         tracer.watch = graph.watch = watch
         args,kwargs = watch.numbers((args,kwargs))
-    with preserved(model), tracer:
+    with preserved(model), tracer.hooked(), tracer:
         try:
             with watch or nullcontext(): out = model(*args, **kwargs)
         except Exception as e:
@@ -403,6 +418,7 @@ def _record(model, sample, watched):
         for v in graph.outputs: v.is_output = True
         for v in tracer.outliving(): v.hooks.append('what outlives the forward pass')
     for op in graph.ops: _add_absent(op, graph, known)
+    if graph.parted: graph.results = _in_wholes(model, sample, Watch(tracer.owns) if watched else None)
     return graph
 
 def _spelled(model, sample, watched):

@@ -533,3 +533,10 @@ def test_written_result_of_one_norm_of_two():
         z = F.relu_(m.norm(y))
         return m.after(m.other(y))+z
     folds(Fn(f, conv=conv(3, 3, bias=False), norm=nn.BatchNorm2d(3), other=nn.BatchNorm2d(3), after=conv(3, 3)), image())
+
+@pytest.mark.parametrize('frozen', [False,True])
+def test_linear_without_bias_on_transposed_tokens(frozen):
+    "A frozen weight is multiplied with each item by itself, as `bmm` and not as `mm`, and that operation had no bias to be added."
+    net = Fn(lambda m,x: m.norm(m.fc(x.transpose(1, 2)).flatten(0, 1)), fc=nn.Linear(5, 4, bias=False), norm=nn.BatchNorm1d(4))
+    net.fc.requires_grad_(not frozen)
+    folds(net, double(2, 5, 3), folded='norm')

@@ -42,12 +42,11 @@ each = (x2,x3,T(1,3,1,2),T(3))
 for x in each:
     n = torch.Size(x.shape).numel()
     for to in ([n],[1,n],[*x.shape,1],[*x.shape[::-1]]):
-        for f in (A.view.default,A._unsafe_view.default,A.reshape.default,A._reshape_copy.default): case(f, x, to)
+        for f in (A.view.default,A._unsafe_view.default,A._reshape_copy.default): case(f, x, to)
         case(A._reshape_alias.default, x, to, torch.empty(to).stride())
-    for f in ('clone','detach','alias','contiguous','lift_fresh','squeeze','neg','relu','abs'): case(getattr(A, f).default, x)
+    for f in ('clone','detach','alias','lift_fresh','squeeze','neg','relu','abs'): case(getattr(A, f).default, x)
     case(A._to_copy.default, x, dtype=torch.float64)
     case(A._to_copy.default, x, dtype=torch.int64)
-    case(A.to.dtype, x, torch.float64, copy=True)
     case(A.leaky_relu.default, x, .1)
     case(A.relu_.default, written(*x.shape))
     case(A.repeat.default, x, [2]*len(x.shape))
@@ -63,10 +62,8 @@ for x in each:
         case(A.slice.Tensor, x, d, 0, 1)
         case(A.slice.Tensor, x, d, -2, 2**62, 1)
         case(A.slice.Tensor, x, d, 0, 2**62, 2)
-        case(A.narrow.default, x, d, x.shape[d]-1, 1)
         case(A.split.Tensor, x, 2, d)
         case(A.unsafe_split.Tensor, x, 1, d)
-        case(A.chunk.default, x, 2, d)
         case(A.split_with_sizes.default, x, [1,x.shape[d]-1] if x.shape[d]>1 else [1], d)
         case(A.flip.default, x, [d])
         case(A.roll.default, x, [1], [d])
@@ -90,9 +87,6 @@ for dims in itertools.permutations(range(3)): case(A.permute.default, x3, dims)
 for d in ((0,1),(1,2),(-1,1)): case(A.transpose.int, x4, *d)
 case(A.permute.default, x4, [0,2,3,1])
 case(A.t.default, x2)
-case(A.flatten.using_ints, x4, 1, 2)
-case(A.flatten.using_ints, x4, 1, -1)
-case(A.flatten.using_ints, x3, 0, 1)
 case(A.expand.default, T(2,3,1), [2,3,4])
 case(A.expand.default, T(3,1), [2,-1,4])
 case(A.repeat.default, T(2,1,3), [1,4,1])
@@ -104,26 +98,21 @@ for keep in (True,False):
 case(A.pixel_shuffle.default, T(2,8,3,2), 2)
 case(A.pixel_shuffle.default, T(2,9,1,2), 3)
 case(A.pixel_unshuffle.default, T(1,2,4,6), 2)
-for f in (A.channel_shuffle.default,A.native_channel_shuffle.default):
-    case(f, T(2,6,3,1), 3)
-    case(f, T(1,4,2), 2)
+case(A.channel_shuffle.default, T(2,6,3,1), 3)
+case(A.channel_shuffle.default, T(1,4,2), 2)
 case(A.copy.default, T(2,3,4), T(2,3,4))
 case(A.copy.default, T(2,3,4), T(3,1))
 case(A.copy_.default, written(2,3,4), T(2,3,4))
 
 # windows
 for pad,ceil,count in ((0,False,True),(1,False,True),(1,False,False),(1,True,False),(0,True,True)):
-    case(A.avg_pool1d.default, T(2,3,6), [3], [2], [pad], ceil, count)
     case(A.avg_pool2d.default, T(2,3,5,6), [3,2], [2,1], [pad,pad], ceil, count)
     case(A.avg_pool3d.default, T(1,2,4,5,4), [2,3,2], [1,2,2], [pad]*3, ceil, count)
-    case(A.max_pool1d.default, T(2,3,6), [3], [2], [pad], [1], ceil)
-    case(A.max_pool2d.default, T(2,3,5,6), [3,2], [2,1], [pad,pad], [1,1], ceil)
     case(A.max_pool2d_with_indices.default, T(2,3,5,6), [3,2], [2,1], [pad,pad], [1,1], ceil)
     case(A.max_pool3d_with_indices.default, T(1,2,4,5,4), [2,3,2], [1,2,2], [pad]*3, [1]*3, ceil)
 case(A.avg_pool2d.default, T(2,3,4,4), [2,2], [2,2], [0,0], False, True, 3)
 case(A.avg_pool2d.default, T(3,4,4), [2,2])
 for n in (1,2,3):
-    case(A.adaptive_avg_pool1d.default, x3, [n])
     case(A._adaptive_avg_pool2d.default, x4, [n,n])
     case(A._adaptive_avg_pool3d.default, x5, [n,2,n])
     case(A.adaptive_max_pool2d.default, x4, [n,n])
@@ -220,10 +209,11 @@ for mask in (None,masked(3,4)):
     for causal in (True,False):
         if mask is None or not causal:
             case(A._scaled_dot_product_flash_attention_for_cpu.default, T(2,2,3,5), T(2,2,4,5), T(2,2,4,5), 0., causal, attn_mask=mask)
-            case(A._scaled_dot_product_attention_math.default, T(2,2,3,5), T(2,2,4,5), T(2,2,4,3), mask, 0., causal)
 case(A._scaled_dot_product_flash_attention.default, T(2,2,3,5), T(2,2,4,5), T(2,2,4,5))
 case(A._scaled_dot_product_efficient_attention.default, T(2,2,3,5), T(2,2,4,5), T(2,2,4,3), None, False)
 case(A._scaled_dot_product_cudnn_attention.default, T(2,2,3,5), T(2,2,4,5), T(2,2,4,3), None, False)
+for f in (A._scaled_dot_product_attention_math_for_mps,A._scaled_dot_product_fused_attention_overrideable):
+    case(f.default, T(2,2,3,5), T(2,2,4,5), T(2,2,4,3))
 for x in (T(2,3),T(1,3,5),T(2,3,2,3)):
     for affine in ((W(3),W(3)),(W(3),None),(None,W(3)),(None,None)):
         stats = W(3),positive(3)
@@ -254,6 +244,8 @@ def kernels():
         lib.impl('miopen_batch_norm', batch_norm(2), 'CPU')
         lib.impl('_scaled_dot_product_flash_attention', lambda q,k,v,*a,**kw: (attend(q, k, v),e(),e(),e(),1,1,e(),e(),e()), 'CPU')
         lib.impl('_scaled_dot_product_efficient_attention', lambda q,k,v,*a,**kw: (attend(q, k, v),e(),e(),e()), 'CPU')
+        lib.impl('_scaled_dot_product_attention_math_for_mps', lambda q,k,v,*a,**kw: (attend(q, k, v),e()), 'CPU')
+        lib.impl('_scaled_dot_product_fused_attention_overrideable', lambda q,k,v,*a,**kw: (attend(q, k, v),e(),e(),e(),1,1,e(),e(),e()), 'CPU')
         lib.impl('_scaled_dot_product_cudnn_attention', lambda q,k,v,*a,**kw: (attend(q, k, v),e(),e(),e(),1,1,e(),e(),e()), 'CPU')
         yield
 

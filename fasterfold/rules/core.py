@@ -11,6 +11,7 @@ __all__ = ['PULL', 'PUSH', 'CONSTANT', 'BESIDE', 'Blocked', 'Context', 'need', '
 import torch
 from torch import Tensor
 from ..affine import Affine, unbroadcast
+from ..state import wide
 from ..trace import Op, Value
 
 # %% ../../nbs/rules/00_core.ipynb #da68185e
@@ -30,9 +31,9 @@ class Context:
         "The numbers of a constant value."
         if v.kind=='absent': t = torch.full(v.shape, v.fill, dtype=torch.float64)
         elif v.op is None:   t = v.tensor.detach()
-        elif v.op.name in ('_to_copy','to'): return self.read(v.op.args.self)
+        elif v.op.name=='_to_copy': return self.read(v.op.args.self)
         else: t = self._compute(v)
-        t = t.to('cpu', torch.float64) if t.is_floating_point() else t.to('cpu')
+        t = wide(t) if t.is_floating_point() else t.cpu()
         for a in self.edits.get(v, []): t = a(t)
         return t
 

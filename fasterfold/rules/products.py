@@ -58,7 +58,7 @@ def _(op, carried, ctx):
 def _factors(op):
     "The two factors and the added term of a matrix product."
     a = op.args
-    if op.name in ('mm','bmm','matmul'): return a.self, a.get('mat2', a.get('other')), a.get('bias')
+    if op.name in ('mm','bmm'): return a.self, a.mat2, a.get('bias')
     beta = a.get('beta', 1)
     need(beta in (0,1) and a.get('alpha', 1)==1, f"{op.label} weighs its terms")
     x,w = (a.batch1,a.batch2) if op.name=='baddbmm' else (a.mat1,a.mat2)
@@ -129,7 +129,7 @@ def _(op, carried, ctx):
 
 # %% ../../nbs/rules/05_products.ipynb #0914b3aa
 _attention = ('_scaled_dot_product_flash_attention_for_cpu','_scaled_dot_product_flash_attention','_scaled_dot_product_efficient_attention',
-    '_scaled_dot_product_cudnn_attention','_scaled_dot_product_attention_math')
+    '_scaled_dot_product_cudnn_attention','_scaled_dot_product_attention_math_for_mps','_scaled_dot_product_fused_attention_overrideable')
 
 def _sees(mask, ctx):
     "Does the attention `mask` leave something to see in every row?"

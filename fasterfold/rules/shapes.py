@@ -16,8 +16,8 @@ def steps(*names):
     "Register `f(op, shape)`, which spells out a move as steps `('view', shape)` and `('permute', dims)`."
     return register(STEPS, names)
 
-VIEWS = ('view','_unsafe_view','reshape','_reshape_alias','_reshape_copy','squeeze','unsqueeze','flatten')
-COPIES = ('alias','detach','clone','contiguous','lift_fresh','_to_copy','to')
+VIEWS = ('view','_unsafe_view','_reshape_alias','_reshape_copy','squeeze','unsqueeze')
+COPIES = ('alias','detach','clone','lift_fresh','_to_copy')
 @steps(*VIEWS, *COPIES)
 def _(op, shape):
     need(op.out.dtype.is_floating_point, f"{op.label} turns it into integers")
@@ -48,7 +48,7 @@ def _(op, shape):
     (*n,c,h,w),r,k = shape,op.args.downscale_factor,len(shape)-3
     return [('view', (*n,c,h//r,r,w//r,r)), ('permute', [*range(k),k,k+2,k+4,k+1,k+3]), ('view', op.out.shape)]
 
-@steps('channel_shuffle','native_channel_shuffle')
+@steps('channel_shuffle')
 def _(op, shape):
     (n,c,*rest),g = shape,op.args.groups
     return [('view', (n,g,c//g,*rest)), ('permute', [0,2,1,*range(3,len(rest)+3)]), ('view', shape)]
@@ -131,13 +131,10 @@ def _(op, i):
     a,n = op.args,_size(op)
     return torch.arange(n)[slice(a.start, None if a.end is None or a.end>n else a.end, a.step)]
 
-@cut('split','split_with_sizes','chunk','unsafe_split')
+@cut('split','split_with_sizes','unsafe_split')
 def _(op, i):
     start = sum(o.shape[dim_of(op)] for o in op.outs[:i])
     return torch.arange(start, start+op.outs[i].shape[dim_of(op)])
-
-@cut('narrow')
-def _(op, i): return torch.arange(op.args.start, op.args.start+op.args.length)
 
 # %% ../../nbs/rules/02_shapes.ipynb #f420796f
 @cut('select')

@@ -22,7 +22,7 @@ def _window_dims(op):
     return list(range(op.out.rank-k, op.out.rank))
 
 # %% ../../nbs/rules/03_windows.ipynb #50f6f700
-@window('avg_pool1d','avg_pool2d','avg_pool3d')
+@window('avg_pool2d','avg_pool3d')
 def _(op):
     zeros = any(op.args.get('padding') or [0]) and op.args.get('count_include_pad', True)
     return _window_dims(op), ['linear'] if zeros or op.args.get('divisor_override') else []
@@ -30,14 +30,14 @@ def _(op):
 @window('grid_sampler_2d','grid_sampler_3d')
 def _(op): return _window_dims(op), ['linear'] if op.args.padding_mode==0 else []
 
-@window('_adaptive_avg_pool2d','_adaptive_avg_pool3d','adaptive_avg_pool1d','upsample_nearest1d','upsample_nearest2d','upsample_nearest3d',
+@window('_adaptive_avg_pool2d','_adaptive_avg_pool3d','upsample_nearest1d','upsample_nearest2d','upsample_nearest3d',
     '_upsample_nearest_exact1d','_upsample_nearest_exact2d','_upsample_nearest_exact3d','upsample_linear1d','upsample_bilinear2d',
     'upsample_bicubic2d','upsample_trilinear3d','_upsample_bilinear2d_aa','_upsample_bicubic2d_aa','_upsample_lanczos2d_aa',
     'reflection_pad1d','reflection_pad2d','reflection_pad3d','replication_pad1d','replication_pad2d','replication_pad3d')
 def _(op): return _window_dims(op), []
 
 # %% ../../nbs/rules/03_windows.ipynb #2771ad19
-@window('max_pool1d','max_pool2d','max_pool2d_with_indices','max_pool3d_with_indices','adaptive_max_pool2d','adaptive_max_pool3d','fractional_max_pool2d')
+@window('max_pool2d_with_indices','max_pool3d_with_indices','adaptive_max_pool2d','adaptive_max_pool3d','fractional_max_pool2d')
 def _(op): return _window_dims(op), ['rising']
 
 @window('relu','leaky_relu','_prelu_kernel','abs')
