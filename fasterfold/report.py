@@ -187,7 +187,8 @@ def figures(self:FoldReport)->list:
 # %% ../nbs/11_report.ipynb #efe0608d
 @patch(as_prop=True)
 def _notes(self:FoldReport):
-    res = [str(self.rounding)] if self.rounding else []
+    res = [' '.join(self.plan.covers)] if self.plan.covers else []
+    if self.rounding: res.append(str(self.rounding))
     where = dict.fromkeys(c.base.where for c in self.latency.values())
     res += [f'Latency: medians on {w}, both models timed in turns.' for w in where] + self.plan.notes
     if not self.formats: return res
