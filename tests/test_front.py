@@ -172,7 +172,7 @@ def test_learners_refuse_wrong_options_first(how, tmp_path, monkeypatch):
     "Before a batch is drawn, metrics are computed or the model is copied."
     learn = KINDS['vision'](tmp_path)
     def touched(*args, **kwargs): raise AssertionError('something was done')
-    for f in ('_sample','_scores','copy_model','report'): monkeypatch.setattr(f'fasterfold.learner.{f}', touched)
+    for f in ('_samples','_scores','copy_model','report'): monkeypatch.setattr(f'fasterfold.learner.{f}', touched)
     opt = learn.opt = object()
     with pytest.raises(FoldError, match="`channels_last` is True, False or 'auto', and not 'Auto'"):
         res = getattr(learn, how)(channels_last='Auto')
