@@ -245,7 +245,7 @@ def _candidates(model):
 
 # %% ../nbs/02_sample.ipynb #c8544c46
 def _draw(shape, high, like, gen):
-    return torch.randn(shape, generator=gen).to(like) if high is None else torch.randint(high, shape, generator=gen).to(like.device)
+    return torch.randn(shape, generator=gen).to(like.dtype).to(like.device) if high is None else torch.randint(high, shape, generator=gen).to(like.device)
 
 def infer_sample(
     model:nn.Module, # A model that takes one tensor, or fastai's `TabularModel`

@@ -393,13 +393,14 @@ def _idle(model, sample, graph):
     training = _run_in_training(model, sample, {*idle.values()})
     return {n:a for n,a in idle.items() if model.get_submodule(n) not in training}
 
-# %% ../nbs/03_trace.ipynb #9478a644
+# %% ../nbs/03_trace.ipynb #45c107a3
 def _in_wholes(model, sample, watch):
     "What `model` returns where nothing is run in parts, watched as it was."
     args,kwargs = sample.copied()
     if watch is not None: args,kwargs = watch.numbers((args,kwargs))
     with preserved(model), watch or nullcontext(): return tensors_of(model(*args, **kwargs))
 
+# %% ../nbs/03_trace.ipynb #9478a644
 def _record(model, sample, watched):
     args,kwargs = sample.copied()
     tracer = Tracer(model, (args,kwargs))

@@ -207,10 +207,13 @@ def other_uses_of_npu():
     merged = BN_Folder(merge_branches=True)
     one = merged.fold(randomize_norms(nn.Sequential(Branches())).to('npu'), x)[0]
     exact, = run_as(net, x)
+    torch.set_default_dtype(torch.float64) # of what is made up on the CPU
+    assert {t.device.type for t in Sample.of(None, Linears(1).float().to('npu')).tensors}=={'npu'}
+    torch.set_default_dtype(torch.float32)
     off = [Sample.of(t).jittered(1e-3, 0).args[0].cpu() for t in (x,x.cpu())]
-    return dict(kept=kept, off=torch.equal(*off), timed=[formats,len(waits)], waited=all(waits), memory=res.memory['batch of 4'], weights=sum(p.nbytes for p in net.parameters()),
-        own=res.rounding.original, folded=res.rounding.folded, exact=[str(exact.dtype),exact.device.type], merged=merged.result.summary,
-        one=one.one is not None, learner=learner_on_npu(), refused=torch.npu.refused, lib=lib is not None)
+    return dict(kept=kept, off=torch.equal(*off), timed=[formats,len(waits)], waited=all(waits),
+        memory=res.memory['batch of 4'], weights=sum(p.nbytes for p in net.parameters()), own=res.rounding.original,
+        folded=res.rounding.folded, exact=[str(exact.dtype),exact.device.type], merged=merged.result.summary, one=one.one is not None, learner=learner_on_npu(), refused=torch.npu.refused, lib=lib is not None)
 
 def learner_on_npu():
     "`Learner.fold` where the model and its data are on the accelerator."
