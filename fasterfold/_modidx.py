@@ -97,7 +97,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fasterfold.cover._listed': ('cover.html#_listed', 'fasterfold/cover.py'),
                                   'fasterfold.cover._maps': ('cover.html#_maps', 'fasterfold/cover.py'),
                                   'fasterfold.cover._places': ('cover.html#_places', 'fasterfold/cover.py'),
-                                  'fasterfold.cover._short': ('cover.html#_short', 'fasterfold/cover.py'),
                                   'fasterfold.cover._turn': ('cover.html#_turn', 'fasterfold/cover.py'),
                                   'fasterfold.cover._varies': ('cover.html#_varies', 'fasterfold/cover.py'),
                                   'fasterfold.cover._with_defaults': ('cover.html#_with_defaults', 'fasterfold/cover.py'),

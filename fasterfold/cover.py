@@ -115,6 +115,7 @@ def _varies(asked):
     asked[0][1].again(lambda key,n: keys.append(key) or n)
     return any(len({t.graph.watch.sizes.get(k) for t,_ in asked})>1 for k in keys)
 
+# %% ../nbs/07_cover.ipynb #43f1ab91
 def asked_by_place(
     trials:list, # `Trial`s
 )->dict: # Place in the code to pairs (trial, question)
@@ -126,6 +127,7 @@ def asked_by_place(
 
 def _both(asked): return len({q.answer for _,q in asked})>1
 
+# %% ../nbs/07_cover.ipynb #961f17f3
 def open_questions(
     trials:list, # `Trial`s
 )->dict: # Place in the code to pairs (trial, question)
@@ -142,6 +144,7 @@ def _line(pairs):
     def at(c): return max(0, round(n+slope*(c-m)))
     return at if all(abs(at(a)-b)<=1 for a,b in pairs) else None
 
+# %% ../nbs/07_cover.ipynb #fcd4b77d
 at_most = 512 # Extents up to this one are looked at, and up to four times the sample's
 
 def turning(
@@ -234,6 +237,7 @@ def _turn(cover):
             cover.add(cover.attempt(sizes))
             if where not in open_questions(cover.trials): break
 
+# %% ../nbs/07_cover.ipynb #69d22dea
 def widen(
     cover:Cover, # Changed: it gets trials
 )->Cover: # The same
@@ -258,11 +262,13 @@ def _listed(items, limit=4):
     if len(items)>limit: items = [*items[:limit-1],f'{len(items)-limit+1} more']
     return items[0] if len(items)==1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
-def _short(text): return text if len(text)<=48 else text[:47]+'…'
-def _at(qs): return _listed([f"`{_short(q.text)}`, {q.where}" for q in {q.where:q for q in qs}.values()], 3)
+def _at(qs):
+    def short(text): return text if len(text)<=48 else text[:47]+'…'
+    return _listed([f"`{short(q.text)}`, {q.where}" for q in {q.where:q for q in qs}.values()], 3)
 
 def _places(n): return f"{n} place{'s'*(n!=1)}"
 
+# %% ../nbs/07_cover.ipynb #5a74942a
 def describe(
     cover:Cover, # After `widen`
     how:str, # What was done with its inputs: 'Proved' or 'Traced'

@@ -179,6 +179,7 @@ def _fold(self:BN_Folder, target, samples):
         self.formats = _format(target, samples[0], self._undo[-1], self.channels_last=='auto')
     return plan
 
+# %% ../nbs/11_fold.ipynb #19e056cd
 @patch
 def _at_a_glance(self:BN_Folder, target, samples):
     "Fold as a trace of another size says, if by that all norms go. The plan, or None, with nothing folded, and what was tried."
@@ -193,6 +194,7 @@ def _at_a_glance(self:BN_Folder, target, samples):
     plan.covers = describe(cover, 'Proved')
     return plan,cover
 
+# %% ../nbs/11_fold.ipynb #7142f6f7
 @patch
 def _proved(self:BN_Folder, target, cover):
     "Fold what can be proved. The plan."

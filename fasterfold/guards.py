@@ -9,7 +9,7 @@ __all__ = ['Question', 'Extent', 'Ratio', 'remember', 'Watch']
 import math, operator, os, sys, torch, weakref
 from dataclasses import dataclass
 from itertools import count
-from torch import nn, Tensor
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -24,6 +24,7 @@ class Question:
     answer:object = None # What came out
     again:object = None # For 'size': function of `size(key, n)`, which says what each size would be; returns what would come out
 
+# %% ../nbs/03_guards.ipynb #390b4c83
 _torch = os.path.dirname(torch.__file__)
 
 def _where():
@@ -54,6 +55,7 @@ class _Asked:
     def __reduce__(self): return type(self.plain), (self.plain,)
     def __deepcopy__(self, memo): return self.plain
 
+# %% ../nbs/03_guards.ipynb #30a5857d
 def _arithmetic(symbol, f, swap):
     def op(self, other, *_):
         if not isinstance(other, (int,float)): return NotImplemented
@@ -70,6 +72,7 @@ def _comparison(symbol, f):
         return res
     return op
 
+# %% ../nbs/03_guards.ipynb #82ae0f5b
 for _n,_s in dict(add='+', sub='-', mul='*', floordiv='//', mod='%', truediv='/', pow='**').items():
     setattr(_Asked, f'__{_n}__', _arithmetic(_s, getattr(operator, _n), False))
     setattr(_Asked, f'__r{_n}__', _arithmetic(_s, getattr(operator, _n), True))

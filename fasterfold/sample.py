@@ -152,6 +152,7 @@ def has_batch(self:Sample)->bool:
     ts = [t for t in tree_flatten((self.args,self.kwargs))[0] if isinstance(t, Tensor) and t.dim()]
     return bool(self.batch) and len(ts)==len([t for t in self.tensors if t.dim()]) and all(map(_is_free, ts))
 
+# %% ../nbs/02_sample.ipynb #4f37eb5d
 @patch(as_prop=True)
 def labels(self:Sample)->dict:
     "Label of each dimension to its extent. The channels of images are none."

@@ -213,7 +213,8 @@ def other_uses_of_npu():
     off = [Sample.of(t).jittered(1e-3, 0).args[0].cpu() for t in (x,x.cpu())]
     return dict(kept=kept, off=torch.equal(*off), timed=[formats,len(waits)], waited=all(waits),
         memory=res.memory['batch of 4'], weights=sum(p.nbytes for p in net.parameters()), own=res.rounding.original,
-        folded=res.rounding.folded, exact=[str(exact.dtype),exact.device.type], merged=merged.result.summary, one=one.one is not None, learner=learner_on_npu(), refused=torch.npu.refused, lib=lib is not None)
+        folded=res.rounding.folded, exact=[str(exact.dtype),exact.device.type], merged=merged.result.summary, one=one.one is not None,
+        learner=learner_on_npu(), refused=torch.npu.refused, lib=lib is not None)
 
 def learner_on_npu():
     "`Learner.fold` where the model and its data are on the accelerator."

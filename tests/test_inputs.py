@@ -71,38 +71,43 @@ def situations():
     "Name to (model, sample, other inputs)."
     lin,bn1,bn2 = nn.Linear,nn.BatchNorm1d,nn.BatchNorm2d
     x,y = image(2,3,16,16),image(2,3,8,8)
-    res = dict(
-        set_of_another_size=(Model(lambda s,x: s.norm(s.phi(x).sum(1)), phi=lin(4,6), norm=bn1(6)), image(3,10,4), [image(3,25,4)]),
+    return dict(set_of_another_size=(Model(lambda s,x: s.norm(s.phi(x).sum(1)), phi=lin(4,6), norm=bn1(6)), image(3,10,4), [image(3,25,4)]),
         sum_over_pixels=(Model(lambda s,x: s.head(s.norm(x).sum((2,3))), norm=bn2(4), head=lin(4,3)), image(2,4,32,32), [image(2,4,48,40)]),
         energy_of_more_atoms=(Model(lambda s,x: s.norm(s.phi(x).sum(1)), phi=lin(4,1), norm=Destandardize()), image(3,9,4), [image(3,21,4)]),
         vector_of_ones_before=(Model(lambda s,x: s.norm(s.phi(x).transpose(1, 2)@x.new_ones(x.shape[0],x.shape[1],1)), phi=lin(4,6), norm=bn1(6)),
             image(3,9,4), [image(3,21,4)]),
-        vector_of_ones_after=(Model(lambda s,x: s.head((s.norm(x)@torch.ones(x.shape[2],1, dtype=x.dtype))[...,0]), norm=bn1(4), head=lin(4,3)), image(3,4,9), [image(3,4,21)]),
+        vector_of_ones_after=(Model(lambda s,x: s.head((s.norm(x)@torch.ones(x.shape[2],1, dtype=x.dtype))[...,0]), norm=bn1(4), head=lin(4,3)),
+            image(3,4,9), [image(3,4,21)]),
         divisor_of_a_mean=(Model(lambda s,x: s.head(F.avg_pool2d(s.norm(x), x.shape[2:], divisor_override=256)[:,:,0,0]), norm=bn2(4), head=lin(4,3)),
             image(2,4,16,16), [image(2,4,21,23)]),
-        divisor_that_fits=(Model(lambda s,x: s.conv(F.avg_pool2d(s.norm(x), 2, divisor_override=4)), norm=bn2(4), conv=conv(4,3,1)), image(2,4,16,16), [image(2,4,21,23)]),
+        divisor_that_fits=(Model(lambda s,x: s.conv(F.avg_pool2d(s.norm(x), 2, divisor_override=4)), norm=bn2(4), conv=conv(4,3,1)),
+            image(2,4,16,16), [image(2,4,21,23)]),
         pad_to_a_multiple=(Model(padded, conv=conv(padding=1), norm=bn2(4), last=conv(4,2)), image(2,3,64,64), [image(2,3,65,64),image(1,3,79,97)]),
-        pad_to_a_multiple_1d=(Model(lambda s,x: s.last(F.pad(y:=s.norm(s.conv(x).relu()), (0,-y.shape[-1]%8))), conv=nn.Conv1d(3,4,3,padding=1), norm=bn1(4), last=nn.Conv1d(4,2,3)),
+        pad_to_a_multiple_1d=(Model(lambda s,x: s.last(F.pad(y:=s.norm(s.conv(x).relu()), (0,-y.shape[-1]%8))), conv=nn.Conv1d(3,4,3,padding=1),
+            norm=bn1(4), last=nn.Conv1d(4,2,3)),
             image(2,3,64), [image(2,3,65),image(2,3,71)]),
         pad_if_needed=(Model(guarded, conv=conv(padding=1), norm=bn2(4), last=conv(4,2)), image(2,3,64,64), [image(2,3,64,65)]),
-        pad_to_the_skip=(Model(skip, conv=conv(padding=1), up=nn.ConvTranspose2d(4,4,2,2), norm=bn2(4), last=conv(8,2)), image(2,3,64,64), [image(2,3,65,64),image(2,3,33,31)]),
+        pad_to_the_skip=(Model(skip, conv=conv(padding=1), up=nn.ConvTranspose2d(4,4,2,2), norm=bn2(4), last=conv(8,2)), image(2,3,64,64),
+            [image(2,3,65,64),image(2,3,33,31)]),
         gain_as_argument=(Model(lambda s,x,gain: s.norm(s.conv(x)*gain), conv=conv(), norm=bn2(4)), (x,.5), [(x,2.)]),
-        gain_for_each_domain=(Model(lambda s,x,i: s.norm(s.conv(x)*s.gain[i]), conv=conv(), norm=bn2(4), gain=nn.Parameter(torch.tensor([.5,2.,3.]))), (x,0), [(x,1),(x,2)]),
+        gain_for_each_domain=(Model(lambda s,x,i: s.norm(s.conv(x)*s.gain[i]), conv=conv(), norm=bn2(4),
+            gain=nn.Parameter(torch.tensor([.5,2.,3.]))), (x,0), [(x,1),(x,2)]),
         gain_as_length=(Model(lambda s,x: s.norm(s.conv(x)/x.shape[-1]), conv=conv(padding=1), norm=bn2(4)), x, [image(2,3,5,7)]),
         domain=(Model(lambda s,x,i: s.norms[i](s.conv(x)), conv=conv(), norms=norms(3)), (x,0), [(x,1),(x,2)]),
         domain_by_keyword=(Model(lambda s,x,domain=0: s.norms[domain](s.conv(x)), conv=conv(), norms=norms(2)), dict(x=x), [dict(x=x, domain=1)]),
         domain_as_tensor=(Model(lambda s,x,i: s.norms[i.item()](s.conv(x)), conv=conv(), norms=norms(2)), (x,torch.tensor(0)), [(x,torch.tensor(1))]),
         truth_as_argument=(Model(lambda s,x,on: s.norm(s.conv(x) if on else s.conv(x).relu()), conv=conv(), norm=bn2(4)), (x,True), [(x,False)]),
-        relation_without_edges=(Model(related, norm=bn1(4), near=lin(4,4), far=lin(4,4)), (image(5,4),edges(6),edges(0)), [(image(5,4),edges(6),edges(4)),(image(5,4),edges(0),edges(4))]),
+        relation_without_edges=(Model(related, norm=bn1(4), near=lin(4,4), far=lin(4,4)), (image(5,4),edges(6),edges(0)),
+            [(image(5,4),edges(6),edges(4)),(image(5,4),edges(0),edges(4))]),
         nothing_masked=(Model(masked, conv=conv(padding=1), norm=bn2(4)), (y,torch.zeros(2,8,8)>0), [(y,torch.rand(2,8,8)>.5)]),
         top_1_router=(Model(routed, conv=conv(padding=1), norm=bn2(4), gate=lin(3,4), experts=nn.ModuleList([conv(4,2,1) for _ in range(4)])), y, loud(y)),
-        early_exit=(Model(early, conv=conv(padding=1), norm=bn2(4), norm2=bn1(4), head=lin(4,3), conv2=conv(4,4), norm3=bn2(4), head2=lin(4,3)), y[:1]*.1, loud(y[:1])),
+        early_exit=(Model(early, conv=conv(padding=1), norm=bn2(4), norm2=bn1(4), head=lin(4,3), conv2=conv(4,4), norm3=bn2(4), head2=lin(4,3)),
+            y[:1]*.1, loud(y[:1])),
         short_batch=(Model(lambda s,x: s.conv(x) if len(x)>4 else s.norm(s.conv(x)), conv=conv(padding=1), norm=bn2(4)), y, [image(6,3,8,8)]),
         odd_width=(Model(lambda s,x: s.norm(s.conv(x)) if x.shape[3]%2==0 else s.conv(x), conv=conv(padding=1), norm=bn2(4)), y, [image(2,3,8,9)]),
         wide=(Model(lambda s,x: s.norm(s.conv(x)) if x.shape[3]<=300 else s.conv(x), conv=conv(padding=1), norm=bn2(4)), image(2,3,64,64), [image(1,3,64,301)]),
         sign_of_the_mean=(Model(lambda s,x: s.norm(s.conv(x)) if x.mean()>0 else s.conv(x), conv=conv(padding=1), norm=bn2(4)), y.abs(), [-y.abs()]),
         loudness=(Model(lambda s,x: s.norm(s.conv(x)) if x.std()<2.5 else s.conv(x), conv=conv(padding=1), norm=bn2(4)), y, [y*4]))
-    return res
 
 by_data = {'nothing_masked','short_batch','odd_width','wide','sign_of_the_mean','loudness','truth_as_argument','pad_if_needed'} # what only a run can show
 

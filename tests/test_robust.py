@@ -4,7 +4,8 @@ import numpy as np, pytest, torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-import fasterfold.cover as cover_module, fasterfold.edit as edit_module, fasterfold.fold as fold_module, fasterfold.proof as proof_module, fasterfold.sample as sample_module
+import fasterfold.cover as cover_module, fasterfold.edit as edit_module, fasterfold.fold as fold_module
+import fasterfold.proof as proof_module, fasterfold.sample as sample_module
 from fasterfold.proof import run_as
 from fasterfold.state import FoldError
 from helpers import *

@@ -68,10 +68,12 @@ def test_it_pickles_and_loads_as_it_is():
     again = torch.load(f, weights_only=False)
     assert type(again.body._modules) is type(nn.Sequential()._modules) and all(map(torch.equal, run(again, x:=sample()), run(new, x)))
 
-BY_POSITION = dict(index=lambda b,x: b[2](b(x)), last=lambda b,x: b[-1](b(x)), part=lambda b,x: b[:2](b(x)), length=lambda b,x: b(x)*len(b), truth=lambda b,x: b(x) if b else x,
+BY_POSITION = dict(index=lambda b,x: b[2](b(x)), last=lambda b,x: b[-1](b(x)), part=lambda b,x: b[:2](b(x)), length=lambda b,x: b(x)*len(b),
+    truth=lambda b,x: b(x) if b else x,
     loop=lambda b,x: [x:=m(x) for m in b][-1]+b(x), enumerate=lambda b,x: b(x)*[i for i,m in enumerate(b)][-1], children=lambda b,x: [*b.children()][-1](b(x)),
     unpack=lambda b,x: (lambda *ms: ms[2](b(x)))(*b), names=lambda b,x: b(x)*len([*b._modules]), dictionary=lambda b,x: [*b._modules.values()][2](b(x)),
-    vars=lambda b,x: [*vars(b)['_modules']].index('3')*b(x), copied=lambda b,x: [*b._modules.copy().values()][2](b(x)), merged=lambda b,x: [*({}|b._modules).values()][2](b(x)),
+    vars=lambda b,x: [*vars(b)['_modules']].index('3')*b(x), copied=lambda b,x: [*b._modules.copy().values()][2](b(x)),
+    merged=lambda b,x: [*({}|b._modules).values()][2](b(x)),
     pairs=lambda b,x: dict(b.named_children())['2'](b(x)), reversed=lambda b,x: next(reversed(b._modules.values()))(b(x)), added=lambda b,x: (b+b)(b(x)))
 @pytest.mark.parametrize('f', BY_POSITION.values(), ids=BY_POSITION)
 def test_looked_up_by_position(f):
@@ -81,7 +83,8 @@ def test_looked_up_by_position(f):
     assert folder.result.notes==["`nn.Identity` stays in `body.1`, `body.4`: other code counts its entries or goes through them while the model runs."]
     assert folder.result.notes[0] in str(folder.result) and 'body.4' in folder.result._repr_html_()
 
-BY_NAME = dict(getattr=lambda b,x: getattr(b, '4')(b(x)), hasattr=lambda b,x: b(x)*hasattr(b, '4'), modules=lambda b,x: b._modules['4'](b(x)), get=lambda b,x: b._modules.get('4', len)(b(x)),
+BY_NAME = dict(getattr=lambda b,x: getattr(b, '4')(b(x)), hasattr=lambda b,x: b(x)*hasattr(b, '4'), modules=lambda b,x: b._modules['4'](b(x)),
+    get=lambda b,x: b._modules.get('4', len)(b(x)),
     submodule=lambda b,x: b.get_submodule('4')(b(x)), within=lambda b,x: b(x)*(1 if '4' in b._modules else 2))
 @pytest.mark.parametrize('f', BY_NAME.values(), ids=BY_NAME)
 def test_looked_up_by_name(f):
@@ -89,8 +92,10 @@ def test_looked_up_by_name(f):
     folder,new = strip(Net(f, lambda: nn.Sequential(conv(), nn.Identity(), nn.ReLU(), conv(), nn.Identity(), nn.ReLU())))
     assert folder.result.stripped==['body.1'] and [*new.body._modules]==['0','2','3','4','5'] and 'by name' in folder.result.notes[0]
 
-FINE = dict(call=lambda b,x: b(x), forward=lambda b,x: b.forward(x), twice=lambda b,x: b(b(x)), as_class=lambda b,x: nn.Sequential.forward(b, x), others_by_name=lambda b,x: getattr(b, '2')(b(x)),
-    parameters=lambda b,x: b(x.to(next(b.parameters()))), modules=lambda b,x: b(x)*len([m for m in b.modules() if isinstance(m, nn.Conv2d)]), missing=lambda b,x: b(x)*getattr(b, 'scale', 2))
+FINE = dict(call=lambda b,x: b(x), forward=lambda b,x: b.forward(x), twice=lambda b,x: b(b(x)), as_class=lambda b,x: nn.Sequential.forward(b, x),
+    others_by_name=lambda b,x: getattr(b, '2')(b(x)),
+    parameters=lambda b,x: b(x.to(next(b.parameters()))), modules=lambda b,x: b(x)*len([m for m in b.modules() if isinstance(m, nn.Conv2d)]),
+    missing=lambda b,x: b(x)*getattr(b, 'scale', 2))
 @pytest.mark.parametrize('f', FINE.values(), ids=FINE)
 def test_nobody_can_tell(f):
     folder,new = strip(Net(f))

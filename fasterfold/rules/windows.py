@@ -55,6 +55,7 @@ def _(op): return _dims(op), []
 @window('sum')
 def _(op): return _dims(op), ['counted']
 
+# %% ../../nbs/rules/03_windows.ipynb #fb20f6f9
 @window('amax','amin','max','min','median')
 def _(op):
     need('other' not in op.args and op.args.self.rank, f"it comes before {op.label}")
