@@ -199,10 +199,11 @@ class Cover:
     def agree(self):
         "Plan each trace; idle is what none of them reached."
         traced = [t for t in self.trials if t.traced]
+        idle = set.intersection(*({*t.graph.idle} for t in traced)) if traced else set()
         for t in traced:
-            idle = {n:a for n,a in t.graph.idle.items() if all(n in o.graph.idle for o in traced)}
-            if t.plan is None or idle!=t.graph.idle: t.graph.idle,t.plan = idle,plan_folds(t.graph)
-            t.graph.idle = idle
+            if t.plan is not None and t.graph.idle.keys()<=idle: continue
+            t.graph.idle = {n:a for n,a in t.graph.idle.items() if n in idle}
+            t.plan = plan_folds(t.graph)
 
     @property
     def main(self):
@@ -290,4 +291,6 @@ def describe(
     if lost: res.append(f"Not followed: sizes that become plain numbers ({_at(lost)}).")
     missing = [f'`{n}`' for n,v in not_given(cover.model, cover.main.sample).items() if not neighbours(v)]
     if missing: res.append(f"Not covered: the model with {_listed(missing)}, which no sample has.")
+    other = [t for t in cover.trials if t.traced and not same_edits(t.plan, cover.main.plan)]
+    if how=='Traced' and other: res.append(f"Other norms would fold on inputs of {_listed(map(str, other))}: folding proves which may.")
     return res

@@ -5,6 +5,7 @@ must be right for all of them. With the proof off it must be, too, wherever no d
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from fasterfold.sample import Sample
+from fasterfold.state import FoldError
 from helpers import *
 
 class Model(nn.Module):
@@ -31,6 +32,10 @@ def padded(self, x):
     y = self.norm(self.conv(x).relu())
     h,w = y.shape[-2:]
     return self.last(F.pad(y, (0,-w%32,0,-h%32)))
+
+def padded_1d(self, x):
+    y = self.norm(self.conv(x).relu())
+    return self.last(F.pad(y, (0,-y.shape[-1]%8)))
 
 def guarded(self, x):
     "Pads only where there is something to pad."
@@ -71,43 +76,45 @@ def situations():
     "Name to (model, sample, other inputs)."
     lin,bn1,bn2 = nn.Linear,nn.BatchNorm1d,nn.BatchNorm2d
     x,y = image(2,3,16,16),image(2,3,8,8)
-    return dict(set_of_another_size=(Model(lambda s,x: s.norm(s.phi(x).sum(1)), phi=lin(4,6), norm=bn1(6)), image(3,10,4), [image(3,25,4)]),
-        sum_over_pixels=(Model(lambda s,x: s.head(s.norm(x).sum((2,3))), norm=bn2(4), head=lin(4,3)), image(2,4,32,32), [image(2,4,48,40)]),
-        energy_of_more_atoms=(Model(lambda s,x: s.norm(s.phi(x).sum(1)), phi=lin(4,1), norm=Destandardize()), image(3,9,4), [image(3,21,4)]),
-        vector_of_ones_before=(Model(lambda s,x: s.norm(s.phi(x).transpose(1, 2)@x.new_ones(x.shape[0],x.shape[1],1)), phi=lin(4,6), norm=bn1(6)),
-            image(3,9,4), [image(3,21,4)]),
-        vector_of_ones_after=(Model(lambda s,x: s.head((s.norm(x)@torch.ones(x.shape[2],1, dtype=x.dtype))[...,0]), norm=bn1(4), head=lin(4,3)),
-            image(3,4,9), [image(3,4,21)]),
-        divisor_of_a_mean=(Model(lambda s,x: s.head(F.avg_pool2d(s.norm(x), x.shape[2:], divisor_override=256)[:,:,0,0]), norm=bn2(4), head=lin(4,3)),
-            image(2,4,16,16), [image(2,4,21,23)]),
-        divisor_that_fits=(Model(lambda s,x: s.conv(F.avg_pool2d(s.norm(x), 2, divisor_override=4)), norm=bn2(4), conv=conv(4,3,1)),
-            image(2,4,16,16), [image(2,4,21,23)]),
-        pad_to_a_multiple=(Model(padded, conv=conv(padding=1), norm=bn2(4), last=conv(4,2)), image(2,3,64,64), [image(2,3,65,64),image(1,3,79,97)]),
-        pad_to_a_multiple_1d=(Model(lambda s,x: s.last(F.pad(y:=s.norm(s.conv(x).relu()), (0,-y.shape[-1]%8))), conv=nn.Conv1d(3,4,3,padding=1),
-            norm=bn1(4), last=nn.Conv1d(4,2,3)),
-            image(2,3,64), [image(2,3,65),image(2,3,71)]),
-        pad_if_needed=(Model(guarded, conv=conv(padding=1), norm=bn2(4), last=conv(4,2)), image(2,3,64,64), [image(2,3,64,65)]),
-        pad_to_the_skip=(Model(skip, conv=conv(padding=1), up=nn.ConvTranspose2d(4,4,2,2), norm=bn2(4), last=conv(8,2)), image(2,3,64,64),
-            [image(2,3,65,64),image(2,3,33,31)]),
-        gain_as_argument=(Model(lambda s,x,gain: s.norm(s.conv(x)*gain), conv=conv(), norm=bn2(4)), (x,.5), [(x,2.)]),
-        gain_for_each_domain=(Model(lambda s,x,i: s.norm(s.conv(x)*s.gain[i]), conv=conv(), norm=bn2(4),
-            gain=nn.Parameter(torch.tensor([.5,2.,3.]))), (x,0), [(x,1),(x,2)]),
-        gain_as_length=(Model(lambda s,x: s.norm(s.conv(x)/x.shape[-1]), conv=conv(padding=1), norm=bn2(4)), x, [image(2,3,5,7)]),
-        domain=(Model(lambda s,x,i: s.norms[i](s.conv(x)), conv=conv(), norms=norms(3)), (x,0), [(x,1),(x,2)]),
-        domain_by_keyword=(Model(lambda s,x,domain=0: s.norms[domain](s.conv(x)), conv=conv(), norms=norms(2)), dict(x=x), [dict(x=x, domain=1)]),
-        domain_as_tensor=(Model(lambda s,x,i: s.norms[i.item()](s.conv(x)), conv=conv(), norms=norms(2)), (x,torch.tensor(0)), [(x,torch.tensor(1))]),
-        truth_as_argument=(Model(lambda s,x,on: s.norm(s.conv(x) if on else s.conv(x).relu()), conv=conv(), norm=bn2(4)), (x,True), [(x,False)]),
-        relation_without_edges=(Model(related, norm=bn1(4), near=lin(4,4), far=lin(4,4)), (image(5,4),edges(6),edges(0)),
-            [(image(5,4),edges(6),edges(4)),(image(5,4),edges(0),edges(4))]),
-        nothing_masked=(Model(masked, conv=conv(padding=1), norm=bn2(4)), (y,torch.zeros(2,8,8)>0), [(y,torch.rand(2,8,8)>.5)]),
-        top_1_router=(Model(routed, conv=conv(padding=1), norm=bn2(4), gate=lin(3,4), experts=nn.ModuleList([conv(4,2,1) for _ in range(4)])), y, loud(y)),
-        early_exit=(Model(early, conv=conv(padding=1), norm=bn2(4), norm2=bn1(4), head=lin(4,3), conv2=conv(4,4), norm3=bn2(4), head2=lin(4,3)),
-            y[:1]*.1, loud(y[:1])),
-        short_batch=(Model(lambda s,x: s.conv(x) if len(x)>4 else s.norm(s.conv(x)), conv=conv(padding=1), norm=bn2(4)), y, [image(6,3,8,8)]),
-        odd_width=(Model(lambda s,x: s.norm(s.conv(x)) if x.shape[3]%2==0 else s.conv(x), conv=conv(padding=1), norm=bn2(4)), y, [image(2,3,8,9)]),
-        wide=(Model(lambda s,x: s.norm(s.conv(x)) if x.shape[3]<=300 else s.conv(x), conv=conv(padding=1), norm=bn2(4)), image(2,3,64,64), [image(1,3,64,301)]),
-        sign_of_the_mean=(Model(lambda s,x: s.norm(s.conv(x)) if x.mean()>0 else s.conv(x), conv=conv(padding=1), norm=bn2(4)), y.abs(), [-y.abs()]),
-        loudness=(Model(lambda s,x: s.norm(s.conv(x)) if x.std()<2.5 else s.conv(x), conv=conv(padding=1), norm=bn2(4)), y, [y*4]))
+    res = {}
+    def add(name, model, x, *others): res[name] = model,x,others
+    add('set_of_another_size', Model(lambda s,x: s.norm(s.phi(x).sum(1)), phi=lin(4,6), norm=bn1(6)), image(3,10,4), image(3,25,4))
+    add('sum_over_pixels', Model(lambda s,x: s.head(s.norm(x).sum((2,3))), norm=bn2(4), head=lin(4,3)), image(2,4,32,32), image(2,4,48,40))
+    add('energy_of_more_atoms', Model(lambda s,x: s.norm(s.phi(x).sum(1)), phi=lin(4,1), norm=Destandardize()), image(3,9,4), image(3,21,4))
+    add('vector_of_ones_before', Model(lambda s,x: s.norm(s.phi(x).transpose(1, 2)@x.new_ones(x.shape[0],x.shape[1],1)), phi=lin(4,6), norm=bn1(6)),
+        image(3,9,4), image(3,21,4))
+    add('vector_of_ones_after', Model(lambda s,x: s.head((s.norm(x)@torch.ones(x.shape[2],1, dtype=x.dtype))[...,0]), norm=bn1(4), head=lin(4,3)),
+        image(3,4,9), image(3,4,21))
+    add('divisor_of_a_mean', Model(lambda s,x: s.head(F.avg_pool2d(s.norm(x), x.shape[2:], divisor_override=256)[:,:,0,0]), norm=bn2(4), head=lin(4,3)),
+        image(2,4,16,16), image(2,4,21,23))
+    add('divisor_that_fits', Model(lambda s,x: s.conv(F.avg_pool2d(s.norm(x), 2, divisor_override=4)), norm=bn2(4), conv=conv(4,3,1)),
+        image(2,4,16,16), image(2,4,21,23))
+    add('pad_to_a_multiple', Model(padded, conv=conv(padding=1), norm=bn2(4), last=conv(4,2)), image(2,3,64,64), image(2,3,65,64), image(1,3,79,97))
+    add('pad_to_a_multiple_1d', Model(padded_1d, conv=nn.Conv1d(3,4,3,padding=1), norm=bn1(4), last=nn.Conv1d(4,2,3)), image(2,3,64), image(2,3,65), image(2,3,71))
+    add('pad_if_needed', Model(guarded, conv=conv(padding=1), norm=bn2(4), last=conv(4,2)), image(2,3,64,64), image(2,3,64,65))
+    add('pad_to_the_skip', Model(skip, conv=conv(padding=1), up=nn.ConvTranspose2d(4,4,2,2), norm=bn2(4), last=conv(8,2)),
+        image(2,3,64,64), image(2,3,65,64), image(2,3,33,31))
+    add('gain_as_argument', Model(lambda s,x,gain: s.norm(s.conv(x)*gain), conv=conv(), norm=bn2(4)), (x,.5), (x,2.))
+    add('gain_for_each_domain', Model(lambda s,x,i: s.norm(s.conv(x)*s.gain[i]), conv=conv(), norm=bn2(4), gain=nn.Parameter(torch.tensor([.5,2.,3.]))),
+        (x,0), (x,1), (x,2))
+    add('gain_as_length', Model(lambda s,x: s.norm(s.conv(x)/x.shape[-1]), conv=conv(padding=1), norm=bn2(4)), x, image(2,3,5,7))
+    add('domain', Model(lambda s,x,i: s.norms[i](s.conv(x)), conv=conv(), norms=norms(3)), (x,0), (x,1), (x,2))
+    add('domain_by_keyword', Model(lambda s,x,domain=0: s.norms[domain](s.conv(x)), conv=conv(), norms=norms(2)), dict(x=x), dict(x=x, domain=1))
+    add('domain_as_tensor', Model(lambda s,x,i: s.norms[i.item()](s.conv(x)), conv=conv(), norms=norms(2)), (x,torch.tensor(0)), (x,torch.tensor(1)))
+    add('truth_as_argument', Model(lambda s,x,on: s.norm(s.conv(x) if on else s.conv(x).relu()), conv=conv(), norm=bn2(4)), (x,True), (x,False))
+    add('relation_without_edges', Model(related, norm=bn1(4), near=lin(4,4), far=lin(4,4)),
+        (image(5,4),edges(6),edges(0)), (image(5,4),edges(6),edges(4)), (image(5,4),edges(0),edges(4)))
+    add('nothing_masked', Model(masked, conv=conv(padding=1), norm=bn2(4)), (y,torch.zeros(2,8,8)>0), (y,torch.rand(2,8,8)>.5))
+    add('top_1_router', Model(routed, conv=conv(padding=1), norm=bn2(4), gate=lin(3,4), experts=nn.ModuleList([conv(4,2,1) for _ in range(4)])), y, *loud(y))
+    add('early_exit', Model(early, conv=conv(padding=1), norm=bn2(4), norm2=bn1(4), head=lin(4,3), conv2=conv(4,4), norm3=bn2(4), head2=lin(4,3)),
+        y[:1]*.1, *loud(y[:1]))
+    add('short_batch', Model(lambda s,x: s.conv(x) if len(x)>4 else s.norm(s.conv(x)), conv=conv(padding=1), norm=bn2(4)), y, image(6,3,8,8))
+    add('odd_width', Model(lambda s,x: s.norm(s.conv(x)) if x.shape[3]%2==0 else s.conv(x), conv=conv(padding=1), norm=bn2(4)), y, image(2,3,8,9))
+    add('wide', Model(lambda s,x: s.norm(s.conv(x)) if x.shape[3]<=300 else s.conv(x), conv=conv(padding=1), norm=bn2(4)),
+        image(2,3,64,64), image(1,3,64,301))
+    add('sign_of_the_mean', Model(lambda s,x: s.norm(s.conv(x)) if x.mean()>0 else s.conv(x), conv=conv(padding=1), norm=bn2(4)), y.abs(), -y.abs())
+    add('loudness', Model(lambda s,x: s.norm(s.conv(x)) if x.std()<2.5 else s.conv(x), conv=conv(padding=1), norm=bn2(4)), y, y*4)
+    return res
 
 by_data = {'nothing_masked','short_batch','odd_width','wide','sign_of_the_mean','loudness','truth_as_argument','pad_if_needed'} # what only a run can show
 
@@ -131,3 +138,90 @@ def test_right_without_the_proof(name):
     model,x,others = situations()[name]
     model = randomize_norms(model)
     right(model, BN_Folder(verify=False).fold(model, x), [x,*others])
+
+def covers(model, sample, **kw):
+    "What folding says of the inputs that it tried."
+    folder = BN_Folder()
+    folder.fold(randomize_norms(model), sample, **kw)
+    return ' '.join(folder.result.covers)
+
+def simple(): return Model(lambda s,x: s.norm(s.conv(x)), conv=conv(padding=1), norm=nn.BatchNorm2d(4))
+
+def test_what_was_covered_is_said():
+    text = covers(simple(), image(2,3,64,64))
+    assert text=='Proved on inputs of (2,3,64,64) and (1,3,79,97). It reads no data.'
+    def f(s, x): return s.last(s.norm(s.conv(F.pad(x, (0,1)) if x.shape[3]%2 else x)))
+    text = covers(Model(f, conv=conv(padding=1), norm=nn.BatchNorm2d(4), last=conv(4,2)), image(2,3,64,64))
+    assert 'at 1 place (`(shape[3] % 2) != 0`, test_inputs.py:' in text and 'both answers were run' in text
+
+def test_what_was_not_covered_is_said():
+    def far(s, x): return s.norm(s.conv(x)) if x.shape[3]<=10**5 else s.conv(x)
+    text = covers(Model(far, conv=conv(padding=1), norm=nn.BatchNorm2d(4)), image(2,3,64,64))
+    assert 'No size up to 512 turns `shape[3] <= 100000`, test_inputs.py:' in text
+    class Optional(nn.Sequential):
+        def forward(self, x, mask=None): return super().forward(x if mask is None else x*mask)
+    assert 'Not covered: the model with `mask`, which no sample has.' in covers(Optional(conv(), nn.BatchNorm2d(4)), image(2,3,64,64))
+
+def test_data_that_is_read_is_said():
+    def f(s, x): return s.norm(s.conv(x))*(1 if x.mean().item()<9 else 1)
+    text = covers(Model(f, conv=conv(padding=1), norm=nn.BatchNorm2d(4), last=conv(4,4)), image(2,3,8,8))
+    assert text==''  # `last` did not run, so nothing folds
+    text = covers(Model(f, conv=conv(padding=1), norm=nn.BatchNorm2d(4)), image(2,3,8,8))
+    assert 'The code reads data (`item`, test_inputs.py:' in text and 'with 8 further inputs it took' in text
+
+def test_a_model_that_takes_one_size_only():
+    class Fixed(nn.Sequential):
+        def forward(self, x): return super().forward(x.view(2,3,8,8))
+    text = covers(Fixed(conv(), nn.BatchNorm2d(4)), image(2,3,8,8))
+    assert text.startswith('Proved on inputs of (2,3,8,8). It takes no input of another size.')
+
+def test_several_samples():
+    "Each shows its own way; what none of them reaches stays dark."
+    model,x,others = situations()['domain']
+    model,folder = randomize_norms(model),BN_Folder()
+    new = folder.fold(model, samples=[x,*others])
+    right(model, new, [x,*others])
+    assert 'did not compute the same' in reason(folder.result, 'norms.0')
+    router,x,others = situations()['top_1_router']
+    router,plans = randomize_norms(router),[]
+    for samples in ([x],[x,*others]):
+        right(router, folder.fold(router, samples=samples), [x,*others])
+        plans.append(folder.result)
+    assert [k.norm for k in plans[0].kept]==['norm'] and 'did not run on the sample' in reason(plans[0], 'norm')
+    for bad in (dict(samples=[]),dict(sample=x, samples=[x])):
+        with pytest.raises(FoldError): folder.fold(router, **bad)
+
+def test_layers_for_training_do_no_harm():
+    "An auxiliary head is not reached by any input, and never will be."
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv,self.norm,self.head,self.aux = conv(),nn.BatchNorm2d(4),conv(4,2),conv(4,2)
+        def forward(self, x):
+            y = self.norm(self.conv(x))
+            return (self.head(y.relu()),self.aux(y)) if self.training else self.head(y.relu())
+    folder = BN_Folder(verify=False)
+    folder.fold(randomize_norms(Auxiliary()), image(2,3,8,8))
+    assert names_of(folder.result.folded)==['norm']
+
+def test_plan_and_fold_agree():
+    for name in ('set_of_another_size','pad_to_a_multiple','gain_as_argument','relation_without_edges'):
+        model,x,_ = situations()[name]
+        folder = BN_Folder()
+        plan = folder.plan(randomize_norms(model), x)
+        folder.fold(model, x)
+        assert plan.rows()==folder.result.rows(), name
+    model,x,_ = situations()['domain']
+    assert 'Other norms would fold on inputs of (1,3,19,25) with 1 instead of 0' in ' '.join(BN_Folder().plan(randomize_norms(model), x).covers)
+
+def test_sizes_that_remember_stay_inside():
+    "What a model keeps of a size is a plain number afterwards."
+    kept = []
+    class Keeps(nn.Sequential):
+        def forward(self, x):
+            kept.append(x.shape[2])
+            self.size = x.shape
+            return super().forward(x)
+    model = randomize_norms(Keeps(conv(), nn.BatchNorm2d(4)))
+    BN_Folder().fold(model, image(2,3,8,8), inplace=True)
+    assert not hasattr(model, 'size') and all(type(n+1) is int and n==int(n) for n in kept)
