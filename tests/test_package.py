@@ -95,6 +95,7 @@ def test_every_module_has_its_place():
     have = {'.'.join(p.relative_to(root/'fasterfold').with_suffix('').parts) for p in modules}
     assert have-{'__init__','all','_modidx','rules.__init__'}=={*ROOMS}
 
+@pytest.mark.skipif(sys.version_info<(3,11), reason='importlib.metadata of Python 3.10 does not know all names that distributions bring')
 def test_runs_without_development_tools():
     res = subprocess.run([sys.executable, '-c', 'from test_package import import_hidden; import_hidden()'],
         cwd=Path(__file__).parent, capture_output=True, text=True)
