@@ -278,7 +278,7 @@ def describe(
     asked,still = asked_by_place(cover.trials),open_questions(cover.trials)
     same,still = ([a[0][1] for w,a in still.items() if (w in cover.settled)==is_settled] for is_settled in (True,False))
     res = [f"{how} on inputs of {_listed(map(str, cover.trials))}."]
-    if not cover.watched: return [*res, "Not covered: what its code asks of its input, since it does not run with sizes that remember who compares them."]
+    if not cover.watched: return [*res, "Not covered: what its code asks of its input, which could not be watched."]
     if len(cover.trials)==cover.given: res.append("It takes no input of another size.")
     turned = [a[0][1] for a in asked.values() if _both(a)]
     if turned: res.append(f"The model asks for sizes at {_places(len(turned))} ({_at(turned)}): both answers were run.")

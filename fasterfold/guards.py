@@ -34,7 +34,8 @@ def _where():
     first = f
     while f is not None and f.f_code.co_filename.startswith(_torch): f = f.f_back
     if f is None or f.f_globals.get('__name__', '').startswith('fasterfold.'): f = first
-    return f"{os.path.basename(f.f_code.co_filename)}:{f.f_lineno}"
+    name = f.f_code.co_filename
+    return f"{'cell' if 'ipython-input' in name or 'ipykernel' in name else os.path.basename(name)}:{f.f_lineno}"
 
 # %% ../nbs/03_guards.ipynb #7e63ac7e
 def _of(a, size): return a.again(size) if isinstance(a, _Asked) else a
