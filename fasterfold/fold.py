@@ -183,8 +183,9 @@ def _fold(self:BN_Folder, target, samples):
 @patch
 def _at_a_glance(self:BN_Folder, target, samples):
     "Fold as a trace of another size says, if by that all norms go. The plan, or None, with nothing folded, and what was tried."
-    try: cover = widen(Cover(target, samples, glance))
+    try: cover = Cover(target, samples, glance)
     except Exception: return None,None # a trace will say what is wrong
+    widen(cover)
     main,first,*traced = cover.main,*cover.trials
     asked = {q.where for t in traced for q in t.questions('data')}
     if not traced or not main.plan.folded or main.plan.kept or not all(q.where in asked for q in first.questions('data')): return None,cover
