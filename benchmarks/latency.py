@@ -96,7 +96,7 @@ def normless(
 
 # ---- What is compared
 
-base,ours,last,limit = 'original','fasterfold','fasterfold channels_last','no norms'
+base,ours,stripped,last,limit = 'original','fasterfold','fasterfold strip_identity','fasterfold channels_last','no norms'
 
 def variants(
     model:nn.Module, # In eval
@@ -110,6 +110,7 @@ def variants(
             with torch.no_grad(), redirect_stdout(StringIO()): res[name] = f()
         except Exception as e: res[name] = f'{type(e).__name__}: {(str(e).strip().splitlines() or [""])[0][:200]}'
     for k,o in tools.items(): _try(k, lambda: o.fold(copy_model(model), sample)[0])
+    _try(stripped, lambda: BN_Folder(strip_identity=True).fold(model, sample))
     if any(p.ndim==4 for p in model.parameters()): _try(last, lambda: BN_Folder(channels_last=True).fold(model, sample))
     _try(limit, lambda: normless(BN_Folder().fold(model, sample)))
     return res
@@ -209,6 +210,7 @@ def measure(
         rows[k].update(stats(o))
         if base in t: rows[k]['ratio'] = ratio(t[k], t[base])
         if ours in t: rows[k]['ours'] = ratio(t[ours], t[k])
+        if stripped in t: rows[k]['stripped'] = ratio(t[stripped], t[k])
     return list(rows.values())
 
 def growth(
@@ -254,9 +256,9 @@ def page(
         names = list(dict.fromkeys(k for g in groups.values() for k in g if k!=base))
         def _row(model, batch, g):
             peer,lim = against(g, rivals)[1],against(g, [limit])[1]
-            more = [f'{o[1]:.2f}' if o else '–' for o in (peer,lim)] if limit in names else []
+            more = [f'{o[1]:.2f}' if o else '–' for o in (peer,lim,g.get(limit, {}).get('stripped'))] if limit in names else []
             return model,batch,ms(g[base].get('median')),*(_cell(g.get(k)) for k in names),*more
-        cols = ['model','batch','original, ms',*names] + (['ours ÷ fastest peer','ours ÷ no norms'] if limit in names else [])
+        cols = ['model','batch','original, ms',*names] + (['ours ÷ fastest peer','ours ÷ no norms','strip_identity ÷ no norms'] if limit in names else [])
         parts += [f'## {kind}, {dtype}', table(cols, [_row(*k, g) for k,g in groups.items()])]
         if kind!='eager' and limit not in names: parts += filter(None, [helped(groups)])
         bad = [f"- {r['model']} ({r['batch']}), {r['variant']}: {r['why']}" for g in groups.values() for r in g.values() if 'why' in r]

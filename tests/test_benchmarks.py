@@ -46,9 +46,9 @@ def test_latency(tmp_path):
     out = tmp_path/'latency.json'
     res,page = measured('latency', out, '--models', 'tabular', '--engines', 'eager', '--device', 'cpu', '--threads', '1')
     rows = {r['variant']: r for r in res['latency']}
-    assert set(rows)=={'original','fasterfold','no norms'} and not any('why' in r for r in rows.values())
+    assert set(rows)=={'original','fasterfold','fasterfold strip_identity','no norms'} and not any('why' in r for r in rows.values())
     assert rows['original']['error']==0 < rows['fasterfold']['error'] < 100*torch.finfo(torch.float32).eps
-    assert all(r['runs']>0 and len(r['ratio'])==len(r['ours'])==3 for r in rows.values())
+    assert all(r['runs']>0 and len(r['ratio'])==len(r['ours'])==len(r['stripped'])==3 for r in rows.values())
     assert '| tabular | 1 |' in page
     latency.main.__wrapped__('fasterfold', 'tabular', 'eager', 'cpu', threads=1, quick=True, out=out)
     again = json.loads(out.read_text())
