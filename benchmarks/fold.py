@@ -184,7 +184,7 @@ def main(
     tools:str=','.join(peers),    # Tools to fold with, comma-separated
     models:str=','.join(all_models),  # torchvision models to fold, comma-separated
     size:int=224,     # Pixels along a side of the images
-    batches:str='8,32', # Images in the sample, comma-separated; all is measured with the first, ours and the fastest other tool with the rest
+    batches:str='8,1,32', # Images in the sample, comma-separated; all is measured with the first, ours and the fastest other tool with the rest
     turns:int=5,      # How often each measurement is taken
     quick:store_true=False, # Only try whether it runs: two turns, small chains?
     out:Path=results/'fold.json', # File to write; a page goes beside it
