@@ -11,11 +11,12 @@ pytestmark = pytest.mark.xdist_group('site') # which is built once
 root = Path(__file__).resolve().parent.parent
 docs = root/'docs'
 sys.path.insert(0, str(docs))
+def with_nbdev(): pytest.importorskip('nbdev', reason='the site is built with nbdev, which is no requirement of the tests, and needs a newer fastcore than the oldest fastai has')
 
 @pytest.fixture(scope='session')
 def site(tmp_path_factory):
     "The built site; building fails on any warning."
-    pytest.importorskip('nbdev', reason='the site is built with nbdev, which needs a newer fastcore than this fastai')
+    with_nbdev()
     out = tmp_path_factory.mktemp('site')
     res = subprocess.run([sys.executable, '-W', 'ignore', '-c', f"import sys; sys.path.insert(0, {str(docs)!r}); import build; from pathlib import Path; sys.exit(build.build(Path({str(out)!r})))"],
         capture_output=True, text=True, cwd=root)
@@ -156,6 +157,7 @@ def given(
     (delegates(strict)(given),'given(x, *, b=(1, 2), c=3)',['`x` | What','`b` | Second','`c` | Third'])], ids=['several','strict','delegated'])
 def test_signatures_are_in_order(f, head, rows):
     "Each argument with its star, in the order in which Python takes them, and with its comment."
+    with_nbdev()
     import pages
     text = pages.document(f.__name__, ast.parse(inspect.getsource(f)).body[0], f)
     assert f'```python\n{head}\n```' in text
