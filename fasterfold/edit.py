@@ -11,7 +11,7 @@ from itertools import chain
 from torch import nn, Tensor
 from .affine import all_finite
 from .plan import FoldPlan
-from .state import Structure, growing
+from .state import Contents, Structure, growing, own_modes
 from .trace import Graph
 
 # %% ../nbs/08_edit.ipynb #026fdda5
@@ -22,6 +22,7 @@ class Snapshot:
         model:nn.Module, # The model about to be changed
     ):
         self.structure,self.grads = Structure(model),[(p, p.requires_grad) for p in model.parameters()]
+        self.contents = Contents(model) if own_modes(model) else None # else nothing writes to a tensor: it gets others
         self.datas,self.edits = [],[] # (tensor, what it held), and (parameter, what it held, its maps)
 
     def swap(self,
@@ -36,7 +37,9 @@ class Snapshot:
         "Undo every change since."
         for t,old in reversed(self.datas): t.data = old
         self.structure.restore()
-        for p,grad in self.grads: p.requires_grad_(grad)
+        for p,grad in self.grads:
+            if p.requires_grad!=grad: p.requires_grad_(grad)
+        if self.contents: self.contents.restore()
 
 # %% ../nbs/08_edit.ipynb #2727ba79
 def _round_to(out, t):

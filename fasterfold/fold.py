@@ -18,7 +18,7 @@ from .edit import Snapshot, apply_plan
 from .plan import FoldPlan, plan_folds
 from .proof import Proof, compare_runs, distance, eps_of, largest, prove, run_as, to_double
 from .sample import Sample
-from .state import FoldError, check_model, clock, copy_model, preserved
+from .state import FoldError, check_model, clock, copy_model, own_modes, preserved
 from .strip import strip_dropout, strip_identity, take_out
 from .trace import glance, trace
 
@@ -33,7 +33,7 @@ def _check_option(k, v):
     if not isinstance(v, (bool,str)) or v not in _values[k]: # 1 and 1. are equal to True
         raise FoldError(f"`{k}` is {', '.join(most)} or {last}, and not {shorten(repr(v), 60, placeholder=' …')}.")
 
-# %% ../nbs/11_fold.ipynb #a6e905dc
+# %% ../nbs/11_fold.ipynb #5a1c0f12
 _normal_mode = torch.inference_mode(False) # a tensor made in inference mode can never be trained again
 
 def _list_buffers(model):
@@ -46,6 +46,22 @@ def _samples(model, sample, samples):
     if not samples: raise FoldError("`samples` is empty: pass at least one.")
     return [Sample.of(s) for s in samples]
 
+# %% ../nbs/11_fold.ipynb #5a1c0f14
+@contextmanager
+def _evaluated(target):
+    "`target` in eval mode, if its layers do more than set a flag then; afterwards, by their own `train()`, in the modes they were in."
+    modes = {m:m.training for m in target.modules() if hasattr(m, 'training')} if own_modes(target) else {}
+    if not any(modes.values()):
+        yield
+        return
+    target.eval()
+    yield # whoever folds takes back what goes wrong
+    for m,was in modes.items():
+        if m.training!=was: m.train(was)
+    for m in target.modules():
+        if hasattr(m, 'training') and not isinstance(m, torch.jit.ScriptModule): m.training = modes.get(m, modes[target])
+
+# %% ../nbs/11_fold.ipynb #a6e905dc
 class BN_Folder:
     """Fold the normalization layers of a model into the layers around them, and prove that nothing changed.
 
@@ -104,7 +120,8 @@ class BN_Folder:
         if not inplace: target = copy_model(target)
         snap = Snapshot(target)
         self._undo,self._last,self.formats = [],None,{}
-        try: self.result = self._fold(target, _samples(target, sample, samples))
+        try:
+            with _evaluated(target): self.result = self._fold(target, _samples(target, sample, samples))
         except BaseException:
             self._back()
             snap.restore()
@@ -129,9 +146,17 @@ def refold(self:BN_Folder)->FoldPlan: # What was folded now
     if self._last is None: raise FoldError("There is nothing to fold again: call `fold` first.")
     if self._undo: raise FoldError("The model is folded already: call `undo` first.")
     target,graph,kept = self._last
-    before,self.result = self.result,self._try(target, graph, dict(kept))
-    if self.strip_dropout: strip_dropout(target, graph)
-    take_out(target, before.stripped)
+    before,snap = self.result,Snapshot(target)
+    try:
+        with _evaluated(target):
+            self.result = self._try(target, graph, dict(kept))
+            if self.strip_dropout: strip_dropout(target, graph)
+            take_out(target, before.stripped)
+    except BaseException:
+        self._back()
+        snap.restore()
+        raise
+    self._undo.insert(0, snap)
     self.result.stripped,self.result.notes = before.stripped,before.notes
     _list_buffers(self._whole)
     return self.result
@@ -223,10 +248,11 @@ def _check(self:BN_Folder, target, tests):
     "Compare the folded `target` with what the original returned in each of `tests`; the `Proof` that tells most: one that failed, else one in float64, else the worst."
     if not any(t.numel() for o in tests for t in o.graph.results): raise FoldError("The model returned no numbers for the sample, so no fold can be verified. Pass a sample for which it does, or `verify=False`.")
     eps,proofs,bound = eps_of(target),[],0
+    if own_modes(target): target.train().eval() # what that leaves of the fold is what counts
     for t in tests:
         refs = t.graph.results
         try: outs = t.sample.run(target)
-        except Exception: return Proof(float('inf'), float('inf'), ok=False, on=t)
+        except Exception as e: return Proof(float('inf'), float('inf'), ok=False, on=t, error=f'{type(e).__name__}: {e}')
         proof = compare_runs(outs, refs, eps)
         if not proof.ok and proof.diff<=bound: proof.ok = True
         if not proof.ok:
@@ -265,6 +291,7 @@ def _at_fault(
     proof:Proof, # One that failed
     main, # The `Trial` of the user's sample
 ):
+    if proof.error: return f"the folded model does not run ({shorten(proof.error, 160, placeholder=' …')})"
     far = proof.exact is None or not 1e3*proof.exact<proof.folded<float('inf')
     where = '' if proof.on is main else f" on inputs of {proof.on}" + (f', where {way}' if (way := difference(main, proof.on)) else '')
     return f"the folded model did not compute the same{where}" if far else f"rounding would put it {proof.folded:.0e} off, and the original is {proof.own:.0e} off"

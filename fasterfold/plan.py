@@ -14,7 +14,7 @@ from .affine import Affine
 from .find import Kept, find_norms
 from .rules import BESIDE, Blocked, Context, pull_through, push_through
 from .rules.arithmetic import terms
-from .state import growing, is_dense
+from .state import growing, held_by, is_dense
 from .trace import Graph, Value, user_hooks
 
 # %% ../nbs/06_plan.ipynb #810c01a1
@@ -99,6 +99,7 @@ class Planner:
         self.root,self.members,self.gone = {},{},set() # value to the one it became part of, and back; operations that are gone
         self.homes = {} # storage to all that became one with it
         self.owners = {n:m for m,names in graph.modules.items() for n in names}
+        self.held = {o:f'{names[0]}.{k}'.lstrip('.') for m,names in graph.modules.items() for k,o in held_by(m)} # module to what holds it unregistered
         self.ran = {c.module for c in graph.calls}
         self.twins,self.writes,self.values = defaultdict(list),defaultdict(list),defaultdict(set) # by storage: leaves, writers, values
         self.exposed = _exposed(graph)
@@ -341,6 +342,7 @@ def _may_go(planner, name, calls, maps):
     if name is None: raise Blocked("it is no part of the model")
     if name=='': raise Blocked("it is the whole model, and there is nothing around it to fold into")
     for h in user_hooks(m): raise Blocked(f"a hook ({h}) watches it")
+    if m in planner.held: raise Blocked(f"`{planner.held[m]}` holds it, too, and would still run it")
     if not all(a.finite for a in maps): raise Blocked("its statistics are not finite numbers")
     inside = {o for c in calls for o in (*c.call.ops,*[o for k in c.call.children for o in k.ops])}
     for v in sorted({v for c in calls for v in c.leaves()}, key=lambda v: v.names):

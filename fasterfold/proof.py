@@ -28,10 +28,12 @@ class Proof:
     exact:float = None # Distance of the folded float64 model to the original float64 model
     ok:bool = True # Is the fold right?
     on:object = None # The input for which it was furthest off
+    error:str = None # What the folded model raised instead of running
 
     def __getstate__(self): return vars(self) | dict(on=self.on and str(self.on)) # a copy or a pickle has it in words
 
 def _apart(a, b):
+    if a.is_complex() and b.is_complex(): a,b = (torch.view_as_real(t.resolve_conj()) for t in (a,b))
     if not b.is_floating_point(): return 0. if torch.equal(a, b.to(a.device)) else float('inf')
     a,b = wide(a),wide(b)
     fin = b.isfinite()

@@ -6,7 +6,8 @@
 __all__ = ['tensors_of', 'Sample', 'awkward', 'neighbours', 'infer_sample']
 
 # %% ../nbs/02_sample.ipynb #6cba6939
-import copy, torch
+import copy, numpy as np, torch
+from collections.abc import Mapping
 from torch import nn, Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
@@ -19,14 +20,19 @@ def _is_object(o): return hasattr(o, '__dict__') and not isinstance(o, (type,nn.
 def _look(o, res, seen):
     for leaf in tree_flatten(o)[0]:
         if isinstance(leaf, Tensor): res.extend(leaf.unbind() if leaf.is_nested else [leaf])
-        elif _is_object(leaf) and id(leaf) not in seen:
-            seen.add(id(leaf)) # objects may know one another
+        elif isinstance(leaf, np.ndarray) and leaf.dtype.kind in 'biufc': res.append(torch.as_tensor(leaf))
+        elif id(leaf) in seen: continue # objects may know one another
+        elif isinstance(leaf, (Mapping,list,tuple)): # a class of its own, which `tree_flatten` does not know
+            seen.add(id(leaf))
+            _look(dict(leaf) if isinstance(leaf, Mapping) else [*leaf], res, seen)
+        elif _is_object(leaf):
+            seen.add(id(leaf))
             _look(dict(vars(leaf)), res, seen)
 
 def tensors_of(
     out, # Anything a model takes or returns
 )->list: # Its tensors, in a fixed order
-    "The tensors in a structure, attributes of plain objects and parts of nested tensors included."
+    "The tensors in a structure, arrays of NumPy, attributes of plain objects and parts of nested tensors included."
     res = []
     _look(out, res, set())
     return res

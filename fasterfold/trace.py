@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten
 from fastcore.basics import AttrDict, patch
 from .guards import Watch
 from .sample import Sample, tensors_of
-from .state import FoldError, growing, preserved
+from .state import FoldError, growing, passing, preserved
 
 # %% ../nbs/04_trace.ipynb #35421d42
 @dataclass(eq=False)
@@ -211,9 +211,9 @@ def _add(self:Tracer, t, kind, store=None, **kw):
 @patch
 def _add_leaves(self:Tracer, named):
     "Values for the parameters and then for the buffers of the modules `named`."
-    shared = {}
+    shared,gone = {},{id(t) for t in passing(named[0][1])}
     for kind,attr in ('param','_parameters'),('buffer','_buffers'):
-        for name,t in [(f'{n}.{k}'.lstrip('.'), t) for n,m in named for k,t in getattr(m, attr).items() if t is not None]:
+        for name,t in [(f'{n}.{k}'.lstrip('.'), t) for n,m in named for k,t in getattr(m, attr).items() if t is not None and id(t) not in gone]:
             v = self.known.get(t)
             if v is not None: v.names += (name,)
             else:

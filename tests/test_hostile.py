@@ -1,0 +1,311 @@
+"Models that do more than compute: the fold is right or refused, and the original and all else are as they were."
+import threading
+from collections import OrderedDict
+import pytest, torch, torch.nn.functional as F
+import torch.ao.quantization as quantization
+from torch import nn
+from fasterfold.fold import BN_Folder
+from fasterfold.proof import distance, run
+from fasterfold.state import FoldError
+from helpers import *
+
+def conv(n_in=3, n_out=4, ks=3): return nn.Conv2d(n_in, n_out, ks)
+def image(n=2, size=9): return torch.randn(n, 3, size, size)
+def made(make, train=False):
+    torch.manual_seed(0)
+    return randomize_norms(make()).train(train)
+
+def now(model, x):
+    with torch.no_grad(): return [model(x)]
+
+def stays_right(make, x, folded, **options):
+    "Plan, fold a copy, fold in place and undo, from either mode, with proof and without: nothing else changes, and the result is right, also after `train(); eval()`."
+    for train in (False,True):
+        ref,net = now(made(make, train).eval(), x),made(make, train)
+        before = state(net)
+        BN_Folder(**options).plan(net, x)
+        assert state(net)==before
+        for verify in (True,False):
+            for inplace in (False,True):
+                folder = BN_Folder(verify=verify, **options)
+                new = folder.fold(net, x, inplace=inplace)
+                assert len(folder.result.folded)==folded and new.training==train
+                assert inplace or state(net)==before
+                for _ in range(2):
+                    assert distance(now(new.eval(), x), ref)<1e-6
+                    new.train()
+                folder.undo()
+                new.train(train)
+                assert not inplace or state(net)==before
+    return folder.result
+
+# ---- Modes that are more than a flag
+
+class LowRank(nn.Linear):
+    "Takes a low-rank update into its weight in eval mode, and out of it in train mode."
+    def __init__(self, n_in, n_out, rank=2):
+        super().__init__(n_in, n_out)
+        self.a,self.b,self.merged = nn.Parameter(torch.randn(rank, n_in)),nn.Parameter(torch.randn(n_out, rank)),False
+    def train(self, mode=True):
+        super().train(mode)
+        if mode==self.merged: self.weight.data += -self.b@self.a if mode else self.b@self.a
+        self.merged = not mode
+        return self
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.merged else y+x@self.a.T@self.b.T
+
+def low_rank(): return nn.Sequential(LowRank(5, 6), nn.BatchNorm1d(6), nn.ReLU(), LowRank(6, 3))
+
+def test_low_rank_updates_that_are_merged():
+    for train in (False,True): # the weight comes out of `train(); eval()` with other last bits
+        net,x = made(low_rank, train),torch.randn(4, 5)
+        ref,before = now(made(low_rank).eval(), x),state(net)
+        BN_Folder().plan(net, x)
+        assert state(net)==before
+        for verify in (True,False):
+            for inplace in (False,True):
+                folder = BN_Folder(verify=verify)
+                new = folder.fold(net, x, inplace=inplace)
+                assert folder.result.summary=='1 of 1 norms fold' and new.training==train
+                assert inplace or state(net)==before
+                for _ in range(3):
+                    assert distance(now(new.eval(), x), ref)<1e-6
+                    new.train()
+                folder.undo()
+                assert not inplace or state(net)==before
+
+def test_low_rank_updates_after_an_error():
+    net,wrong = made(low_rank, True),torch.randn(4, 7)
+    before = state(net)
+    for method in ('plan','fold'):
+        with pytest.raises(FoldError): getattr(BN_Folder(), method)(net, wrong)
+        assert state(net)==before
+    with pytest.raises(FoldError): BN_Folder().fold(net, wrong, inplace=True)
+    assert state(net)==before
+
+def test_refold_of_low_rank_updates():
+    x,folder = torch.randn(4, 5),BN_Folder()
+    ref,net = now(made(low_rank), x),made(low_rank, True)
+    before = state(net)
+    folder.fold(net, x, inplace=True)
+    folder.undo()
+    folder.refold()
+    assert net.training and distance(now(net.eval(), x), ref)<1e-6
+    folder.undo()
+    assert state(net)==before
+
+class Expanded(nn.Module):
+    "Keeps its filter in a buffer in eval mode, and drops it in train mode."
+    def __init__(self, n_in=3, n_out=4):
+        super().__init__()
+        self.w,self.bias = nn.Parameter(torch.randn(n_out, n_in)),nn.Parameter(torch.randn(n_out))
+        self.register_buffer('basis', torch.randn(1, 1, 3, 3))
+    def expand(self): return self.w[:,:,None,None]*self.basis
+    def train(self, mode=True):
+        if mode: self._buffers.pop('filter', None)
+        elif 'filter' not in self._buffers: self.register_buffer('filter', self.expand().detach())
+        return super().train(mode)
+    def forward(self, x): return F.conv2d(x, self.expand() if self.training else self.filter, self.bias)
+
+def test_filter_that_is_made_for_inference():
+    "A fold into what the next `train()` drops would be lost."
+    net,x = made(lambda: nn.Sequential(Expanded(), nn.BatchNorm2d(4), nn.ReLU())).eval(),image()
+    ref,before = now(net, x),state(net)
+    for verify in (True,False):
+        folder = BN_Folder(verify=verify)
+        new = folder.fold(net, x)
+        assert not folder.result.folded and state(net)==before
+        assert distance(now(new.train().eval(), x), ref)<1e-6
+
+class Rewritten(nn.Linear):
+    "Writes its weight anew each time it is put into eval mode."
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out)
+        self.source = nn.Parameter(torch.randn(n_out, n_in))
+    def train(self, mode=True):
+        if not mode: self.weight.data.copy_(self.source)
+        return super().train(mode)
+
+def test_fold_that_the_next_eval_would_undo():
+    net,x,folder = made(lambda: nn.Sequential(Rewritten(5, 6), nn.BatchNorm1d(6), nn.ReLU())).eval(),torch.randn(4, 5),BN_Folder()
+    ref = now(net, x)
+    new = folder.fold(net, x)
+    assert 'failed verification' in reason(folder.result, '1') and distance(now(new.train().eval(), x), ref)==0
+
+# ---- Modules where PyTorch does not look
+
+class Listed(nn.Module):
+    "Runs a norm out of a plain list."
+    def __init__(self):
+        super().__init__()
+        self.conv,self.norms,self.last = conv(),[randomize_norms(nn.BatchNorm2d(4)).train()],conv(4, 2)
+    def forward(self, x): return self.last(self.norms[0](self.conv(x)).relu())
+
+class ByMethod(nn.Module):
+    "Runs another model by its `forward`."
+    def __init__(self):
+        super().__init__()
+        self.own,other = nn.Sequential(conv(), nn.BatchNorm2d(4)),randomize_norms(nn.Sequential(conv(4, 4), nn.BatchNorm2d(4))).train()
+        self.f,self.norms = other.forward,[other[1]]
+    def forward(self, x): return self.f(self.own(x))
+
+@pytest.mark.parametrize('make,folded', [(Listed,0),(ByMethod,1)])
+def test_norm_that_is_not_registered(make, folded):
+    "It is in training mode, and its statistics stay."
+    for inplace in (False,True):
+        net,x = made(make),image()
+        norm,before = net.norms[0],state(net.norms[0])
+        for verify in (True,False):
+            folder = BN_Folder(verify=verify)
+            folder.plan(net, x)
+            folder.fold(net, x, inplace=inplace)
+            assert len(folder.result.folded)==folded and state(norm)==before and norm.training
+            folder.undo()
+
+class TwoHolders(nn.Module):
+    "Runs its layers by a list."
+    def __init__(self, n=1, width=4):
+        super().__init__()
+        self.steps = []
+        for i in range(n):
+            for name,m in (f'conv{i}',nn.Conv2d(width, width, 1)),(f'norm{i}',nn.BatchNorm2d(width)):
+                self.add_module(name, m)
+                self.steps.append(m)
+    def forward(self, x):
+        for m in self.steps: x = m(x)
+        return x
+
+def test_norm_in_two_places():
+    "The list would still run it."
+    for n in (1,64): # found without halving
+        plan = stays_right(lambda: TwoHolders(n), torch.randn(2, 4, 5, 5), 0)
+        assert {o.reason for o in plan.kept}=={'`steps` holds it, too, and would still run it'}
+
+def closed_over():
+    net = nn.Sequential(conv(), nn.BatchNorm2d(4))
+    first,norm = net
+    net.forward = lambda x: norm(first(x)).relu()
+    return net
+
+def test_forward_that_closes_over_the_layers():
+    "A copy would run the original."
+    for train in (False,True):
+        net,x,folder = made(closed_over, train),image(),BN_Folder()
+        before = state(net)
+        with pytest.raises(FoldError, match='inplace=True'): folder.fold(net, x)
+        assert state(net)==before
+        folder.fold(net, x, inplace=True)
+        assert '`forward` holds it, too' in reason(folder.result, '1')
+        folder.undo()
+        assert state(net)==before
+
+class OwnForward(nn.Module):
+    "Its `forward` is one of its own methods."
+    def __init__(self):
+        super().__init__()
+        self.conv,self.norm = conv(),nn.BatchNorm2d(4)
+        self.forward = self.run
+    def run(self, x): return self.norm(self.conv(x)).relu()
+
+def test_forward_that_is_a_method_of_its_own(): stays_right(OwnForward, image(), 1)
+
+# ---- What cannot be copied or is written to in inference mode only
+
+class Holds(nn.Sequential):
+    def __init__(self, what):
+        super().__init__(conv(), nn.BatchNorm2d(4))
+        self.what = what()
+
+@pytest.mark.parametrize('what', [threading.Lock,lambda: open(__file__),lambda: (i for i in range(3)),torch.Generator], ids=['lock','file','generator','random'])
+def test_attribute_without_a_copy(what): stays_right(lambda: Holds(what), image(), 1)
+
+def test_list_of_what_has_no_copy():
+    net,x = made(lambda: Holds(lambda: [threading.Lock()])),image()
+    with pytest.raises(FoldError, match="inplace=True"): BN_Folder().fold(net, x)
+    ref = now(net, x)
+    assert distance(now(BN_Folder().fold(net, x, inplace=True), x), ref)<1e-6
+
+@pytest.mark.parametrize('inplace', [False,True])
+@pytest.mark.parametrize('given', [False,True])
+def test_model_made_in_inference_mode(given, inplace):
+    with torch.inference_mode(): net,x = made(lambda: nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU())),image(2, 64)
+    ref,before = now(net, x),state(net)
+    sample,folder = x if given else None,BN_Folder()
+    assert folder.plan(net, sample).summary=='1 of 1 norms fold' and state(net)==before
+    assert distance(now(folder.fold(net, sample, inplace=inplace), x), ref)<1e-6
+    folder.undo()
+    assert state(net)==before
+
+# ---- Outputs
+
+class Named(OrderedDict): pass
+class Returns(nn.Sequential):
+    def __init__(self, f):
+        super().__init__(conv(), nn.BatchNorm2d(4))
+        self.f = f
+    def forward(self, x): return self.f(super().forward(x))
+
+OUTPUTS = {'own dict':lambda y: Named(a=y), 'nested':lambda y: Named(a=[Named(b=y.numpy())]), 'array':lambda y: y.numpy(),
+    'arrays':lambda y: {'a':(y.numpy(),)}, 'complex':lambda y: torch.complex(y, 2*y)}
+@pytest.mark.parametrize('kind', OUTPUTS)
+def test_outputs_of_every_kind(kind):
+    net,x,folder = made(lambda: Returns(OUTPUTS[kind])),image(),BN_Folder()
+    new = folder.fold(net, x)
+    assert folder.result.summary=='1 of 1 norms fold' and folder.result.proof.ok
+    assert 0<distance(run(new, x), run(net, x))<1e-6
+
+# ---- Reasons
+
+class Reads(nn.Module):
+    def __init__(self, read):
+        super().__init__()
+        self.conv,self.norm,self.last = conv(),nn.BatchNorm2d(4),conv(4, 2)
+        self.read = read
+    def forward(self, x): return self.last(self.norm(self.conv(x)).to(self.read(self.norm)))
+
+@pytest.mark.parametrize('read,name', [(lambda m: m.weight.dtype,'weight'),(lambda m: torch.float64 if m.num_features<0 else torch.float32,'num_features')])
+def test_norm_whose_attributes_are_read(read, name):
+    net,x,folder = made(lambda: Reads(read)),image(),BN_Folder()
+    new = folder.fold(net, x)
+    assert 'does not run' in reason(folder.result, 'norm') and name in reason(folder.result, 'norm')
+    assert torch.equal(run(new, x)[0], run(net, x)[0])
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('prepare', [quantization.prepare,quantization.prepare_qat])
+def test_prepared_for_quantization(prepare):
+    net = nn.Sequential(quantization.QuantStub(), conv(), nn.BatchNorm2d(4), nn.ReLU(), quantization.DeQuantStub())
+    assert BN_Folder().plan(net, image()).summary=='1 of 1 norms fold' # with stubs only
+    qat = prepare is quantization.prepare_qat
+    net.qconfig = quantization.get_default_qat_qconfig('fbgemm') if qat else quantization.get_default_qconfig('fbgemm')
+    net = prepare(net.train(qat))
+    before = state(net)
+    for method in (BN_Folder().plan,BN_Folder().fold):
+        with pytest.raises(FoldError, match='Fold the model first, then prepare it'): method(net)
+    assert state(net)==before
+
+# ---- Other threads
+
+def test_folds_beside_predictions():
+    "Four threads fold one model while two others predict, with it and with another."
+    def block(i): return conv(i),nn.BatchNorm2d(4),nn.ReLU()
+    net,other,x = made(lambda: nn.Sequential(*block(3), *block(4))),made(lambda: nn.Sequential(*block(3))),image()
+    refs,errors,wrong,done = {m:now(m, x)[0] for m in (net,other)},[],[],threading.Event()
+    folded = [None]*12
+    def guarded(f):
+        def go():
+            try: f()
+            except Exception as e: errors.append(e)
+        return threading.Thread(target=go)
+    def fold(k):
+        for i in range(k, len(folded), 4): folded[i] = BN_Folder().fold(net, x)
+    def predict(m):
+        while not done.is_set():
+            if not torch.equal(now(m, x)[0], refs[m]): wrong.append(m)
+    folding,predicting = [guarded(lambda k=k: fold(k)) for k in range(4)],[guarded(lambda m=m: predict(m)) for m in refs]
+    for t in (*predicting,*folding): t.start()
+    for t in folding: t.join()
+    done.set()
+    for t in predicting: t.join()
+    assert not errors and not wrong
+    assert all(distance(now(m, x), [refs[net]])<1e-6 and not any(isinstance(o, nn.BatchNorm2d) for o in m) for m in folded)
