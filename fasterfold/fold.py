@@ -56,8 +56,10 @@ def _evaluated(target):
         return
     target.eval()
     yield # whoever folds takes back what goes wrong
-    for m,was in modes.items():
-        if m.training!=was: m.train(was)
+    try:
+        for m,was in modes.items():
+            if m.training!=was: m.train(was)
+    except Exception as e: raise FoldError(f"The folded model cannot be put back into training mode ({type(e).__name__}: {e}): its `train()` asks for a norm. Call `eval()` first.") from e
     for m in target.modules():
         if hasattr(m, 'training') and not isinstance(m, torch.jit.ScriptModule): m.training = modes.get(m, modes[target])
 
@@ -248,7 +250,9 @@ def _check(self:BN_Folder, target, tests):
     "Compare the folded `target` with what the original returned in each of `tests`; the `Proof` that tells most: one that failed, else one in float64, else the worst."
     if not any(t.numel() for o in tests for t in o.graph.results): raise FoldError("The model returned no numbers for the sample, so no fold can be verified. Pass a sample for which it does, or `verify=False`.")
     eps,proofs,bound = eps_of(target),[],0
-    if own_modes(target): target.train().eval() # what that leaves of the fold is what counts
+    if own_modes(target):
+        try: target.train().eval() # what that leaves of the fold is what counts
+        except Exception as e: return Proof(float('inf'), float('inf'), ok=False, on=tests[0], error=f'{type(e).__name__}: {e}')
     for t in tests:
         refs = t.graph.results
         try: outs = t.sample.run(target)

@@ -176,23 +176,25 @@ def own_modes(
     "The modules of `model` whose `train()` or `eval()` is their own."
     return [m for m in model.modules() if _own_modes(type(m)) or 'train' in vars(m) or 'eval' in vars(m)]
 
+# %% ../nbs/01_state.ipynb #5a1c0f0e
 def tensors_in(
     model:nn.Module, # Any model
 )->list: # Its parameters and buffers, each once
     return [*model.parameters(),*model.buffers()]
 
 class Contents:
-    "The numbers that the parameters and buffers of `model` hold now."
+    "The numbers that the parameters and buffers of `model` hold now, and which of them are trained."
     def __init__(self,
         model:nn.Module, # Any model
-    ): self.held = [(t, t.data, t.detach().clone()) for t in tensors_in(model) if is_dense(t)]
+    ): self.held = [(t, t.data, t.detach().clone(), t.requires_grad) for t in tensors_in(model) if is_dense(t)]
 
     def restore(self):
         "Let each hold them again, where it held them."
-        for t,data,saved in self.held:
+        for t,data,saved,grad in self.held:
             if t.data_ptr()!=data.data_ptr() or t.shape!=data.shape: t.data = data
             if not torch.equal(t, saved):
                 with torch.inference_mode(t.is_inference()), torch.no_grad(): t.data.copy_(saved)
+            if t.is_leaf and t.requires_grad!=grad: t.requires_grad_(grad)
 
 # %% ../nbs/01_state.ipynb #66781ad1
 def _of_all(m, name): return getattr(m, f'{name}_all', getattr(m, name, None)) # Apple has one GPU
@@ -239,13 +241,14 @@ def passing(
     "The parameters and buffers of `model` in eval mode that are others after `train()` and `eval()`."
     if not own_modes(model): return []
     held = Contents(model)
-    with preserved(model):
-        model.eval()
-        old = tensors_in(model)
-        model.train()
-        model.eval()
-        now = {id(t) for t in tensors_in(model)}
-    held.restore()
+    try:
+        with preserved(model):
+            model.eval()
+            old = tensors_in(model)
+            model.train().eval()
+            now = {id(t) for t in tensors_in(model)}
+    except Exception: return [] # it has but one mode
+    finally: held.restore()
     return [t for t in old if id(t) not in now]
 
 # %% ../nbs/01_state.ipynb #42609576
@@ -274,6 +277,8 @@ _refused = [ # (what is refused, what to say); in this order, since a layer with
         "is on the meta device and has no weights. Load its weights on a real device, then fold."),
     (lambda m,ts: 'quantized' in type(m).__module__.split('.') or any(t.is_quantized for t in ts),
         "is quantized, and its weights are rounded already. Fold the float model, then quantize it."),
+    (lambda m,ts: isinstance(m, torch.fx.GraphModule) and 'train' in vars(m),
+        "is an exported graph, which has no layers and no other mode. Fold the model that it was exported from, then export that one."),
     (lambda m,ts: type(m).__module__.startswith(_prepared),
         "prepares the model for quantization and watches what lies between its layers. Fold the model first, then prepare it.")]
 

@@ -133,6 +133,34 @@ def test_fold_that_the_next_eval_would_undo():
     new = folder.fold(net, x)
     assert 'failed verification' in reason(folder.result, '1') and distance(now(new.train().eval(), x), ref)==0
 
+class AsksForItsNorm(nn.Sequential):
+    "Freezes its norm while it trains."
+    def train(self, mode=True):
+        super().train(mode)
+        if mode: self[1].weight.requires_grad_(False)
+        return self
+
+def test_train_that_asks_for_a_norm():
+    net,x,folder = made(lambda: AsksForItsNorm(conv(), nn.BatchNorm2d(4), nn.ReLU())).eval(),image(),BN_Folder()
+    net[1].weight.requires_grad_()
+    before = state(net)
+    folder.plan(net, x)
+    folder.fold(net, x, inplace=True)
+    folder.undo()
+    assert state(net)==before
+    assert "has no attribute 'weight'" in reason(folder.result, '1')
+    net = net.train()
+    before = state(net)
+    for verify in (True,False):
+        for inplace in (True,False):
+            folder = BN_Folder(verify=verify)
+            if verify:
+                folder.fold(net, x, inplace=inplace)
+                folder.undo()
+            else:
+                with pytest.raises(FoldError, match='eval'): folder.fold(net, x, inplace=inplace)
+            assert state(net)==before
+
 # ---- Modules where PyTorch does not look
 
 class Listed(nn.Module):
@@ -283,6 +311,13 @@ def test_prepared_for_quantization(prepare):
     for method in (BN_Folder().plan,BN_Folder().fold):
         with pytest.raises(FoldError, match='Fold the model first, then prepare it'): method(net)
     assert state(net)==before
+
+def test_exported_graph():
+    net,x = made(lambda: nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU())),image()
+    exported = torch.export.export(net, (x,))
+    for what in (exported.module(),nn.Sequential(exported.module())):
+        with pytest.raises(FoldError, match='Fold the model that it was exported from'): BN_Folder().fold(what, x)
+    with pytest.raises(FoldError, match='torch.nn.Module'): BN_Folder().fold(exported, x)
 
 # ---- Other threads
 
