@@ -251,7 +251,9 @@ def _check(self:BN_Folder, target, tests):
     if not any(t.numel() for o in tests for t in o.graph.results): raise FoldError("The model returned no numbers for the sample, so no fold can be verified. Pass a sample for which it does, or `verify=False`.")
     eps,proofs,bound = eps_of(target),[],0
     if own_modes(target):
-        try: target.train().eval() # what that leaves of the fold is what counts
+        try:
+            target.train() # what that leaves of the fold is what counts
+            target.eval()
         except Exception as e: return Proof(float('inf'), float('inf'), ok=False, on=tests[0], error=f'{type(e).__name__}: {e}')
     for t in tests:
         refs = t.graph.results

@@ -60,9 +60,11 @@ def to_double(
     model:nn.Module, # Any model
 )->nn.Module: # A float64 copy
     "A copy of `model` that holds float64 numbers, on the CPU if its device has none."
-    model = copy_model(model).train() # empties what some models cache for inference
+    model = copy_model(model)
+    model.train() # empties what some models cache for inference
     if not all(has_float64(t.device.type) for ts in (model.parameters(),model.buffers()) for t in ts): model = model.cpu()
-    return model.double().eval()
+    model.double().eval()
+    return model
 
 # %% ../nbs/09_proof.ipynb #5a1c0e12
 _dtype,_device = Tensor.dtype.__get__,Tensor.device.__get__

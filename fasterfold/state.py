@@ -245,7 +245,8 @@ def passing(
         with preserved(model):
             model.eval()
             old = tensors_in(model)
-            model.train().eval()
+            model.train() # which need not return the model
+            model.eval()
             now = {id(t) for t in tensors_in(model)}
     except Exception: return [] # it has but one mode
     finally: held.restore()

@@ -13,7 +13,9 @@ def conv(n_in=3, n_out=4, ks=3): return nn.Conv2d(n_in, n_out, ks)
 def image(n=2, size=9): return torch.randn(n, 3, size, size)
 def made(make, train=False):
     torch.manual_seed(0)
-    return randomize_norms(make()).train(train)
+    net = randomize_norms(make())
+    net.train(train)
+    return net
 
 def now(model, x):
     with torch.no_grad(): return [model(x)]
@@ -49,8 +51,7 @@ class LowRank(nn.Linear):
     def train(self, mode=True):
         super().train(mode)
         if mode==self.merged: self.weight.data += -self.b@self.a if mode else self.b@self.a
-        self.merged = not mode
-        return self
+        self.merged = not mode # and returns nothing, as many do
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
         return y if self.merged else y+x@self.a.T@self.b.T
