@@ -16,7 +16,7 @@ from fastprogress import progress_bar
 from torch import nn
 from torch.utils.benchmark import Timer
 from .sample import Sample
-from .state import clock, preserved
+from .state import clock, preserved, tensors_in
 from .table import html_table, styled, text_table
 
 # %% ../nbs/13_cost.ipynb #fbd58074
@@ -35,7 +35,7 @@ def model_size(
     model:nn.Module, # Any module
 )->int: # Bytes
     "Bytes in the parameters and buffers of `model`, which is about what its file takes."
-    return sum(t.numel()*t.element_size() for ts in (model.parameters(), model.buffers()) for t in ts)
+    return sum(t.numel()*t.element_size() for t in tensors_in(model))
 
 # %% ../nbs/13_cost.ipynb #dac5145a
 UNITS = ((1, 's'), (1e-3, 'ms'), (1e-6, 'µs'))

@@ -47,10 +47,17 @@ def _samples(model, sample, samples):
     return [Sample.of(s) for s in samples]
 
 # %% ../nbs/11_fold.ipynb #5a1c0f14
+def _modes(model): return {m:m.training for m in model.modules() if hasattr(m, 'training')} # frozen TorchScript has none
+
+def _set_modes(model, modes):
+    "Flag each module as it was; those that are new, as the model was."
+    for m in model.modules():
+        if hasattr(m, 'training'): m.training = modes.get(m, modes[model])
+
 @contextmanager
 def _evaluated(target):
     "`target` in eval mode, if its layers do more than set a flag then; afterwards, by their own `train()`, in the modes they were in."
-    modes = {m:m.training for m in target.modules() if hasattr(m, 'training')} if own_modes(target) else {}
+    modes = _modes(target) if own_modes(target) else {}
     if not any(modes.values()):
         yield
         return
@@ -59,9 +66,9 @@ def _evaluated(target):
     try:
         for m,was in modes.items():
             if m.training!=was: m.train(was)
-    except Exception as e: raise FoldError(f"The folded model cannot be put back into training mode ({type(e).__name__}: {e}): its `train()` asks for a norm. Call `eval()` first.") from e
-    for m in target.modules():
-        if hasattr(m, 'training') and not isinstance(m, torch.jit.ScriptModule): m.training = modes.get(m, modes[target])
+    except Exception as e:
+        raise FoldError(f"The folded model cannot be put back into training mode ({type(e).__name__}: {e}): does its `train()` ask for a norm? Call `eval()` first.") from e
+    _set_modes(target, modes)
 
 # %% ../nbs/11_fold.ipynb #a6e905dc
 class BN_Folder:
@@ -120,15 +127,9 @@ class BN_Folder:
         "Fold all norms of `model` that can go. Raises `FoldError` if it cannot be run or edited; `model` is then as it was."
         target = check_model(model)
         if not inplace: target = copy_model(target)
-        snap = Snapshot(target)
-        self._undo,self._last,self.formats = [],None,{}
-        try:
-            with _evaluated(target): self.result = self._fold(target, _samples(target, sample, samples))
-        except BaseException:
-            self._back()
-            snap.restore()
-            raise
-        self._undo.insert(0, snap)
+        with self._all_or_nothing(target):
+            self._undo,self._last,self.formats = [],None,{}
+            self.result = self._fold(target, _samples(target, sample, samples))
         self._whole = model if inplace else target
         _list_buffers(self._whole)
         return self._whole
@@ -148,17 +149,11 @@ def refold(self:BN_Folder)->FoldPlan: # What was folded now
     if self._last is None: raise FoldError("There is nothing to fold again: call `fold` first.")
     if self._undo: raise FoldError("The model is folded already: call `undo` first.")
     target,graph,kept = self._last
-    before,snap = self.result,Snapshot(target)
-    try:
-        with _evaluated(target):
-            self.result = self._try(target, graph, dict(kept))
-            if self.strip_dropout: strip_dropout(target, graph)
-            take_out(target, before.stripped)
-    except BaseException:
-        self._back()
-        snap.restore()
-        raise
-    self._undo.insert(0, snap)
+    before = self.result
+    with self._all_or_nothing(target):
+        self.result = self._try(target, graph, dict(kept))
+        if self.strip_dropout: strip_dropout(target, graph)
+        take_out(target, before.stripped)
     self.result.stripped,self.result.notes = before.stripped,before.notes
     _list_buffers(self._whole)
     return self.result
@@ -166,6 +161,20 @@ def refold(self:BN_Folder)->FoldPlan: # What was folded now
 @patch
 def _back(self:BN_Folder):
     while self._undo: self._undo.pop().restore()
+
+# %% ../nbs/11_fold.ipynb #5a1c0f34
+@patch
+@contextmanager
+def _all_or_nothing(self:BN_Folder, target):
+    "What folds `target` inside sees it in eval mode, and can be undone; on any exception, `target` is as it was."
+    snap = Snapshot(target)
+    try:
+        with _evaluated(target): yield
+    except BaseException:
+        self._back()
+        snap.restore()
+        raise
+    self._undo.insert(0, snap)
 
 # %% ../nbs/11_fold.ipynb #b1a68203
 @patch
@@ -334,15 +343,14 @@ def _merge_branches(model):
 
 def _merge(target, sample):
     "Let timm merge the branches of blocks that know how to; taken back if the outputs change."
-    snap,modes,refs = Snapshot(target),{m:m.training for m in target.modules() if hasattr(m, 'training')},sample.run(target)
+    snap,modes,refs = Snapshot(target),_modes(target),sample.run(target)
     with preserved(target):
         _merge_branches(target)
         merged = Snapshot(target)
     again,exact,double = sample.run(target),run_as(target, sample),to_double(target)
     _merge_branches(double)
     merged.restore()
-    for m in target.modules():
-        if hasattr(m, 'training'): m.training = modes.get(m, modes[target]) # frozen TorchScript has none
+    _set_modes(target, modes)
     if not prove(sample.run(target), refs, again, run_as(double, sample), exact, eps_of(target)).ok: snap.restore()
 
 # %% ../nbs/11_fold.ipynb #5a1c0e08

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 from .edit import edited
 from .sample import Sample
-from .state import copy_model, has_float64, wide
+from .state import copy_model, has_float64, tensors_in, wide
 from .trace import Tracer
 
 # %% ../nbs/09_proof.ipynb #d2e86ff6
@@ -62,7 +62,7 @@ def to_double(
     "A copy of `model` that holds float64 numbers, on the CPU if its device has none."
     model = copy_model(model)
     model.train() # empties what some models cache for inference
-    if not all(has_float64(t.device.type) for ts in (model.parameters(),model.buffers()) for t in ts): model = model.cpu()
+    if not all(has_float64(t.device.type) for t in tensors_in(model)): model = model.cpu()
     model.double().eval()
     return model
 

@@ -17,17 +17,22 @@ from .state import Detached, FoldError, is_dense, preserved, wide
 # %% ../nbs/02_sample.ipynb #6448f77a
 def _is_object(o): return hasattr(o, '__dict__') and not isinstance(o, (type,nn.Module))
 
+def _is_array(o): return isinstance(o, np.ndarray) and o.dtype.kind in 'biufc' and o.dtype.char not in 'gG' # of numbers that PyTorch has, too
+
+def _parts(o):
+    "What a container of a class of its own holds, which `tree_flatten` does not know, or an object."
+    if isinstance(o, Mapping): return dict(o)
+    if isinstance(o, (list,tuple)): return [*o]
+    return dict(vars(o)) if _is_object(o) else None
+
+# %% ../nbs/02_sample.ipynb #5a1c0f32
 def _look(o, res, seen):
     for leaf in tree_flatten(o)[0]:
         if isinstance(leaf, Tensor): res.extend(leaf.unbind() if leaf.is_nested else [leaf])
-        elif isinstance(leaf, np.ndarray) and leaf.dtype.kind in 'biufc': res.append(torch.as_tensor(leaf))
-        elif id(leaf) in seen: continue # objects may know one another
-        elif isinstance(leaf, (Mapping,list,tuple)): # a class of its own, which `tree_flatten` does not know
+        elif _is_array(leaf): res.append(torch.as_tensor(leaf.astype(leaf.dtype.newbyteorder('='))))
+        elif id(leaf) not in seen and (parts := _parts(leaf)) is not None:
             seen.add(id(leaf))
-            _look(dict(leaf) if isinstance(leaf, Mapping) else [*leaf], res, seen)
-        elif _is_object(leaf):
-            seen.add(id(leaf))
-            _look(dict(vars(leaf)), res, seen)
+            _look(parts, res, seen)
 
 def tensors_of(
     out, # Anything a model takes or returns

@@ -58,23 +58,7 @@ class LowRank(nn.Linear):
 
 def low_rank(): return nn.Sequential(LowRank(5, 6), nn.BatchNorm1d(6), nn.ReLU(), LowRank(6, 3))
 
-def test_low_rank_updates_that_are_merged():
-    for train in (False,True): # the weight comes out of `train(); eval()` with other last bits
-        net,x = made(low_rank, train),torch.randn(4, 5)
-        ref,before = now(made(low_rank).eval(), x),state(net)
-        BN_Folder().plan(net, x)
-        assert state(net)==before
-        for verify in (True,False):
-            for inplace in (False,True):
-                folder = BN_Folder(verify=verify)
-                new = folder.fold(net, x, inplace=inplace)
-                assert folder.result.summary=='1 of 1 norms fold' and new.training==train
-                assert inplace or state(net)==before
-                for _ in range(3):
-                    assert distance(now(new.eval(), x), ref)<1e-6
-                    new.train()
-                folder.undo()
-                assert not inplace or state(net)==before
+def test_low_rank_updates_that_are_merged(): stays_right(low_rank, torch.randn(4, 5), 1)
 
 def test_low_rank_updates_after_an_error():
     net,wrong = made(low_rank, True),torch.randn(4, 7)
@@ -179,7 +163,22 @@ class ByMethod(nn.Module):
         self.f,self.norms = other.forward,[other[1]]
     def forward(self, x): return self.f(self.own(x))
 
-@pytest.mark.parametrize('make,folded', [(Listed,0),(ByMethod,1)])
+class InDict(nn.Module):
+    "Keeps a norm from being registered."
+    def __init__(self):
+        super().__init__()
+        self.conv,self.__dict__['norm'] = conv(),randomize_norms(nn.BatchNorm2d(4)).train()
+        self.norms = [self.norm]
+    def forward(self, x): return self.norm(self.conv(x)).relu()
+
+def test_norm_in_a_plain_attribute():
+    net,x = made(InDict),image()
+    del net.norms
+    before = state(net.norm)
+    BN_Folder().plan(net, x)
+    assert state(net.norm)==before and net.norm.training
+
+@pytest.mark.parametrize('make,folded', [(Listed,0),(InDict,0),(ByMethod,1)])
 def test_norm_that_is_not_registered(make, folded):
     "It is in training mode, and its statistics stay."
     for inplace in (False,True):
@@ -276,7 +275,7 @@ class Returns(nn.Sequential):
     def forward(self, x): return self.f(super().forward(x))
 
 OUTPUTS = {'own dict':lambda y: Named(a=y), 'nested':lambda y: Named(a=[Named(b=y.numpy())]), 'array':lambda y: y.numpy(),
-    'arrays':lambda y: {'a':(y.numpy(),)}, 'complex':lambda y: torch.complex(y, 2*y)}
+    'arrays':lambda y: {'a':(y.numpy(),)}, 'reversed':lambda y: y.numpy()[:,::-1], 'complex':lambda y: torch.complex(y, 2*y)}
 @pytest.mark.parametrize('kind', OUTPUTS)
 def test_outputs_of_every_kind(kind):
     net,x,folder = made(lambda: Returns(OUTPUTS[kind])),image(),BN_Folder()
