@@ -342,6 +342,7 @@ def _may_go(planner, name, calls, maps):
     if name is None: raise Blocked("it is no part of the model")
     if name=='': raise Blocked("it is the whole model, and there is nothing around it to fold into")
     for h in user_hooks(m): raise Blocked(f"a hook ({h}) watches it")
+    for k,where in graph.asked.get(m, {}).items(): raise Blocked(f"{where if where=='the model' else f'`{where}`'} asks for its `{k}`")
     if m in planner.held: raise Blocked(f"`{planner.held[m]}` holds it, too, and would still run it")
     if not all(a.finite for a in maps): raise Blocked("its statistics are not finite numbers")
     inside = {o for c in calls for o in (*c.call.ops,*[o for k in c.call.children for o in k.ops])}

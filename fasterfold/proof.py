@@ -10,12 +10,10 @@ import torch
 from dataclasses import dataclass
 from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 from .edit import edited
 from .sample import Sample
-from .state import copy_model, has_float64, tensors_in, wide
-from .trace import Tracer
+from .state import Dispatch, copy_model, has_float64, tensors_in, wide
 
 # %% ../nbs/09_proof.ipynb #d2e86ff6
 @dataclass
@@ -69,9 +67,8 @@ def to_double(
 # %% ../nbs/09_proof.ipynb #5a1c0e12
 _dtype,_device = Tensor.dtype.__get__,Tensor.device.__get__
 
-class _Cast(TorchDispatchMode):
+class _Cast(Dispatch):
     "Every operation reads and returns `dtype`, on the CPU if a device has no such numbers; `edits` as in `Snapshot`."
-    _should_skip_dynamo = Tracer._should_skip_dynamo
     def __init__(self, dtype, edits):
         super().__init__()
         self.dtype,self.edits,self.done,self.casting = dtype,WeakIdKeyDictionary(),WeakIdKeyDictionary(),False

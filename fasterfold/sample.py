@@ -8,6 +8,7 @@ __all__ = ['tensors_of', 'Sample', 'awkward', 'neighbours', 'infer_sample']
 # %% ../nbs/02_sample.ipynb #6cba6939
 import copy, numpy as np, torch
 from collections.abc import Mapping
+from functools import partial
 from torch import nn, Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
@@ -83,12 +84,18 @@ class Sample:
         "Copies of the arguments, for a model that may write to them. Tensors become plain ones."
         return _copied((self.args,self.kwargs))
 
+    def call(self,
+        model, # Any function
+    ): # What it returns
+        "Call `model` with copies of the arguments."
+        args,kwargs = self.copied()
+        return model(*args, **kwargs)
+
     def run(self,
         model:nn.Module, # Any model
     )->list: # The tensors it returns
         "Run `model` in eval mode without gradients and without leaving a trace."
-        args,kwargs = self.copied()
-        with preserved(model): return tensors_of(model(*args, **kwargs))
+        with preserved(model, call := partial(self.call, model)): return tensors_of(call())
 
     def map(self,
         f, # Tensor to tensor

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['FoldError', 'is_dense', 'Detached', 'growing', 'accelerator', 'clock', 'has_float64', 'wide', 'held_by',
-           'all_modules', 'Structure', 'own_modes', 'tensors_in', 'Contents', 'preserved', 'passing', 'unwrap',
-           'check_model', 'copy_model']
+           'all_modules', 'Structure', 'own_modes', 'tensors_in', 'Contents', 'still', 'Dispatch', 'preserved',
+           'passing', 'unwrap', 'check_model', 'copy_model']
 
 # %% ../nbs/01_state.ipynb #2463438d
 import copy, gc, random, numpy as np, torch
 from collections import OrderedDict
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from operator import is_
+from operator import eq, is_
 from timeit import default_timer
 from types import CellType, FunctionType, MethodType
 from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # %% ../nbs/01_state.ipynb #23844163
 class FoldError(Exception):
@@ -192,27 +193,15 @@ class Contents:
                 with torch.inference_mode(t.is_inference()), torch.no_grad(): t.data.copy_(saved)
             if t.is_leaf and t.requires_grad!=grad: t.requires_grad_(grad)
 
-# %% ../nbs/01_state.ipynb #66781ad1
-def _of_all(m, name): return getattr(m, f'{name}_all', getattr(m, name, None)) # Apple has one GPU
-
-def _rng_state():
-    get = _of_all(accelerator(), 'get_rng_state')
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), get and get()
-
-def _set_rng_state(state):
-    setters = random.setstate,np.random.set_state,torch.set_rng_state,_of_all(accelerator(), 'set_rng_state')
-    for f,s in zip(setters, state):
-        if s is not None: f(s)
-
 # %% ../nbs/01_state.ipynb #0940e464
 def _version(t): return None if t.is_inference() else t._version
 
 @contextmanager
-def preserved(
+def still(
     model:nn.Module, # Any model
 ):
-    "Run `model` in eval mode without gradients; what its modules hold, buffers and RNG state are as before afterwards."
-    before,rng = Structure(model),_rng_state()
+    "Run `model` in eval mode without gradients; what its modules hold and its buffers are as before afterwards."
+    before = Structure(model)
     modules = [m for m,*_ in before.modules]
     training = any(getattr(m, 'training', False) for m in modules)
     held = Contents(model) if training and own_modes(model) else None
@@ -228,7 +217,64 @@ def preserved(
             if version is None or b._version!=version:
                 with torch.inference_mode(b.is_inference()), torch.no_grad(): b.copy_(saved)
         if held: held.restore()
-        _set_rng_state(rng)
+
+# %% ../nbs/01_state.ipynb #66781ad1
+def _of_all(m, name): return getattr(m, f'{name}_all', getattr(m, name, None)) # Apple has one GPU
+
+def _rng_state():
+    get = _of_all(accelerator(), 'get_rng_state')
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), get and get()
+
+def _set_rng_state(state, which):
+    setters = random.setstate,np.random.set_state,torch.set_rng_state,_of_all(accelerator(), 'set_rng_state')
+    for f,s,do in zip(setters, state, which):
+        if do and s is not None: f(s)
+
+# %% ../nbs/01_state.ipynb #5a1c0f4a
+class Dispatch(TorchDispatchMode):
+    "Sees each ATen operation."
+    @classmethod
+    def _should_skip_dynamo(cls): return False # else the first operation imports torch's compiler, which takes seconds
+
+class _Draws(Dispatch):
+    "Does an operation of this thread draw random numbers?"
+    seen = False
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = _rng_state() if torch.Tag.nondeterministic_seeded in func.tags else ()
+        out = func(*args, **(kwargs or {}))
+        self.seen |= any(_moved(before)[2:]) # of another thread at this moment, at worst
+        return out
+
+# %% ../nbs/01_state.ipynb #5a1c0f47
+_same = eq,lambda a,b: a[2:]==b[2:] and np.array_equal(a[1], b[1]),torch.equal,lambda a,b: a is None or all(map(torch.equal, a, b))
+
+def _moved(old):
+    "Which of the generators have another state than `old`."
+    return [not f(a, b) for f,a,b in zip(_same, old, _rng_state())]
+
+def _drawn(f):
+    "Which of the generators `f` draws from, None if it fails."
+    before = _rng_state()
+    with _Draws() as draws:
+        try: f()
+        except Exception: return
+    return [*_moved(before)[:2],draws.seen,draws.seen]
+
+# %% ../nbs/01_state.ipynb #5a1c0f4b
+@contextmanager
+def preserved(
+    model:nn.Module, # Any model
+    again=None, # Function that does once more what is done inside; None if no other thread draws random numbers
+):
+    "The same, and RNG state is as before, too, but for what other threads draw."
+    rng,ours = _rng_state(),[True]*4 # after an error, whoever drew
+    try:
+        with still(model): yield
+        moved = _moved(rng)
+        if again is not None and any(moved):
+            with still(model): moved = _drawn(again) or moved
+        ours = moved
+    finally: _set_rng_state(rng, ours)
 
 # %% ../nbs/01_state.ipynb #5a1c0f05
 def passing(

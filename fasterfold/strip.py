@@ -8,6 +8,7 @@ __all__ = ['strip_dropout', 'take_out', 'strip_identity']
 # %% ../nbs/10_strip.ipynb #f8180b9c
 import re, sys
 from contextlib import contextmanager
+from functools import partial
 from torch import nn
 from .edit import by_name
 from .proof import compare_runs, distance, eps_of
@@ -94,8 +95,7 @@ def _watched(model, samples, seqs):
     "Run `model` on all `samples`; what it returns, and for each of `seqs` the notes."
     outs,notes = [],[]
     for s in samples:
-        args,kwargs = s.copied()
-        with preserved(model), _noted(seqs) as o: outs.append(tensors_of(model(*args, **kwargs)))
+        with preserved(model, call := partial(s.call, model)), _noted(seqs) as o: outs.append(tensors_of(call()))
         notes.append(o)
     return outs,list(zip(*notes))
 

@@ -9,17 +9,16 @@ __all__ = ['Value', 'Op', 'Call', 'Graph', 'user_hooks', 'Tracer', 'trace', 'gla
 import torch, torch.nn.functional as F, weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from threading import get_ident
 from torch import nn, Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook, register_module_forward_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from fastcore.basics import AttrDict, patch
 from .guards import Watch
 from .sample import Sample, tensors_of
-from .state import FoldError, growing, passing, preserved
+from .state import Dispatch, FoldError, growing, passing, preserved
 
 # %% ../nbs/04_trace.ipynb #35421d42
 @dataclass(eq=False)
@@ -111,6 +110,7 @@ class Graph:
     watch:Watch = None # What the model's code asked; None if it could not be watched
     idle:dict = field(default_factory=dict) # Name of each layer with weights of its own that took no part to the module, by name, that would run it
     parted:bool = False # Ran an operation in parts that the model runs as a whole?
+    asked:dict = field(default_factory=dict) # Module to the names of its own weights that other code asks for, and where that code is
 
 
 # %% ../nbs/04_trace.ipynb #929a681e
@@ -165,11 +165,8 @@ class _Known:
     def put(self, t, v): self.items[id(t)] = weakref.ref(t),v
 
 # %% ../nbs/04_trace.ipynb #ed85277f
-class Tracer(TorchDispatchMode):
+class Tracer(Dispatch):
     "Record the forward pass of `model` that runs inside it as `self.graph`."
-    @classmethod
-    def _should_skip_dynamo(cls): return False # else the first operation imports torch's compiler, which takes seconds
-
     def __init__(self,
         model:nn.Module, # Model whose parameters and modules are known by name
         sample=(), # What it will be called with
@@ -322,6 +319,26 @@ def _doubt(self:Tracer, call, args, kwargs, out):
     if all(v.kind!='outside' and (v.op is None or 'empty' not in v.op.name) for v in values): return
     for t in tensors_of((args,kwargs)): self.value(t).hooks.append(f"TorchScript (`{call.name}`)")
 
+# %% ../nbs/04_trace.ipynb #5a1c0f41
+class _Own(dict):
+    "The parameters or buffers of a module, which note who asks for them."
+    def __init__(self, was, note):
+        super().__init__(was)
+        self.note = note
+    def __getitem__(self, k):
+        self.note(k)
+        return super().__getitem__(k)
+    def __reduce__(self): return dict, (dict(self),)
+
+@patch
+def listen(self:Tracer):
+    "Note on each module which of its weights are asked for outside of its own calls, until somebody gives it back as it was."
+    def note(m, k):
+        if self.stack and self.stack[-1].module is not m: self.graph.asked.setdefault(m, {}).setdefault(k, self.stack[-1].name or 'the model')
+    for m in self.graph.modules:
+        if isinstance(m, torch.jit.ScriptModule): continue
+        for kind in ('_parameters','_buffers'): vars(m)[kind] = _Own(vars(m)[kind], partial(note, m))
+
 # %% ../nbs/04_trace.ipynb #a64a900e
 @patch
 @contextmanager
@@ -345,7 +362,7 @@ def _add_absent(op, graph, known):
     m = op.call.module if op.call is not None else None
     if not isinstance(m, kinds): return
     for k,fill in fills.items():
-        if op.args.get(k) is not None or k not in m._parameters or m._parameters[k] is not None: continue
+        if op.args.get(k) is not None or k not in m._parameters or m._parameters[k] is not None or k in graph.asked.get(m, ()): continue
         if (m,k) not in known:
             dim = -1 if op.name in ('mm','bmm','native_layer_norm') else 1
             dtype = m.weight.dtype if k=='bias' and getattr(m, 'weight', None) is not None else op.out.dtype
@@ -373,12 +390,13 @@ def _around(name, ran):
 
 def _run_in_training(model, sample, names):
     "Those modules that run if the modules called `names`, and no others, are in training mode."
-    ran,(args,kwargs) = set(),sample.copied()
-    handle = register_module_forward_pre_hook(lambda m, args: ran.add(m))
+    ran,here = set(),get_ident()
+    def call():
+        for n in names: model.get_submodule(n).training = True
+        return sample.call(model)
+    handle = register_module_forward_pre_hook(lambda m, args: ran.add(m) if get_ident()==here else None)
     try:
-        with preserved(model):
-            for n in names: model.get_submodule(n).training = True
-            model(*args, **kwargs)
+        with preserved(model, call): call()
     except Exception: pass # it went as far as it went
     finally: handle.remove()
     return ran
@@ -398,7 +416,7 @@ def _in_wholes(model, sample, watch):
     "What `model` returns where nothing is run in parts, watched as it was."
     args,kwargs = sample.copied()
     if watch is not None: args,kwargs = watch.numbers((args,kwargs))
-    with preserved(model), watch or nullcontext(): return tensors_of(model(*args, **kwargs))
+    with preserved(model, partial(sample.call, model)), watch or nullcontext(): return tensors_of(model(*args, **kwargs))
 
 # %% ../nbs/04_trace.ipynb #9478a644
 def _record(model, sample, watched):
@@ -408,7 +426,8 @@ def _record(model, sample, watched):
     if watched:
         tracer.watch = graph.watch = watch
         args,kwargs = watch.numbers((args,kwargs))
-    with preserved(model), tracer.hooked(), tracer:
+    with preserved(model, partial(sample.call, model)), tracer.hooked(), tracer:
+        tracer.listen()
         try:
             with watch or nullcontext(): out = model(*args, **kwargs)
         except Exception as e:
@@ -449,8 +468,8 @@ def glance(
 )->Graph: # Without operations: it has what the model returned and what its code asked
     "Run `model` on `sample` in eval mode, and note what its code asks. Raises whatever the model raises."
     own = {id(b) for b in model.buffers()}
-    args,kwargs = Sample.of(sample).copied()
-    with preserved(model):
+    args,kwargs = (sample := Sample.of(sample)).copied()
+    with preserved(model, partial(sample.call, model)):
         with Watch(lambda t: isinstance(t, nn.Parameter) or id(t) in own) as watch:
             args,kwargs = watch.numbers((args,kwargs))
             out = model(*args, **kwargs)

@@ -292,11 +292,29 @@ class Reads(nn.Module):
         self.read = read
     def forward(self, x): return self.last(self.norm(self.conv(x)).to(self.read(self.norm)))
 
-@pytest.mark.parametrize('read,name', [(lambda m: m.weight.dtype,'weight'),(lambda m: torch.float64 if m.num_features<0 else torch.float32,'num_features')])
-def test_norm_whose_attributes_are_read(read, name):
-    net,x,folder = made(lambda: Reads(read)),image(),BN_Folder()
+@pytest.mark.parametrize('read,name', [(lambda m: m.weight.dtype,'weight'),(lambda m: m.running_var.dtype,'running_var'),(lambda m: next(iter(m.bias.detach())).dtype,'bias')])
+def test_norm_whose_weights_are_asked_for(read, name):
+    "Found before anything is tried."
+    plan = stays_right(lambda: Reads(read), image(), 0)
+    assert reason(plan, 'norm')==f'the model asks for its `{name}`'
+
+def test_layer_that_is_asked_for_its_bias():
+    "A layer in whose place code looks for a bias gets none."
+    def make():
+        net = Reads(lambda m: torch.float32)
+        net.conv = nn.Conv2d(3, 4, 3, bias=False)
+        net.conv.register_forward_hook(lambda *args: None) # nothing goes back
+        net.read = lambda m: torch.float64 if net.conv.bias is not None else torch.float32
+        return net
+    net,x = made(make),image()
+    for verify in (True,False):
+        new = BN_Folder(verify=verify).fold(net, x, inplace=True)
+        assert new.conv.bias is None
+
+def test_norm_whose_attributes_are_read():
+    net,x,folder = made(lambda: Reads(lambda m: torch.float64 if m.num_features<0 else torch.float32)),image(),BN_Folder()
     new = folder.fold(net, x)
-    assert 'does not run' in reason(folder.result, 'norm') and name in reason(folder.result, 'norm')
+    assert "does not run (AttributeError: 'Identity' object has no attribute 'num_features')" in reason(folder.result, 'norm')
     assert torch.equal(run(new, x)[0], run(net, x)[0])
 
 @pytest.mark.filterwarnings('ignore')
@@ -322,7 +340,7 @@ def test_exported_graph():
 # ---- Other threads
 
 def test_folds_beside_predictions():
-    "Four threads fold one model while two others predict, with it and with another."
+    "Four threads fold one model while two others predict, with it and with another, and one draws random numbers."
     def block(i): return conv(i),nn.BatchNorm2d(4),nn.ReLU()
     net,other,x = made(lambda: nn.Sequential(*block(3), *block(4))),made(lambda: nn.Sequential(*block(3))),image()
     refs,errors,wrong,done = {m:now(m, x)[0] for m in (net,other)},[],[],threading.Event()
@@ -337,10 +355,14 @@ def test_folds_beside_predictions():
     def predict(m):
         while not done.is_set():
             if not torch.equal(now(m, x)[0], refs[m]): wrong.append(m)
-    folding,predicting = [guarded(lambda k=k: fold(k)) for k in range(4)],[guarded(lambda m=m: predict(m)) for m in refs]
+    def draw():
+        while not done.is_set(): drawn.append(torch.rand(3))
+    drawn,folding = [],[guarded(lambda k=k: fold(k)) for k in range(4)]
+    predicting = [guarded(draw),*(guarded(lambda m=m: predict(m)) for m in refs)]
     for t in (*predicting,*folding): t.start()
     for t in folding: t.join()
     done.set()
     for t in predicting: t.join()
     assert not errors and not wrong
+    assert len({tuple(o.tolist()) for o in drawn})==len(drawn)>0
     assert all(distance(now(m, x), [refs[net]])<1e-6 and not any(isinstance(o, nn.BatchNorm2d) for o in m) for m in folded)
