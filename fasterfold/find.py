@@ -113,6 +113,7 @@ def _read_norm(call, n, ctx):
     if c is not None and c.map is not None and (n or c.map.scales):
         if scripted: return None,scripted
         return (c,None) if call.given==1 else (None,"it is called with more than its input, which an `nn.Identity` does not take")
+    if n and not call.given and isinstance(call.module, _BatchNorm): return None, scripted or "it gets its input by keyword, and only a positional one is followed"
     return None, (scripted or f"`batch_norm` is called as a function in `{type(call.module).__name__}.forward`, which cannot be edited") if n else None
 
 def find_norms(

@@ -258,12 +258,12 @@ def _tests(cover):
 def _check(self:BN_Folder, target, tests):
     "Compare the folded `target` with what the original returned in each of `tests`; the `Proof` that tells most: one that failed, else one in float64, else the worst."
     if not any(t.numel() for o in tests for t in o.graph.results): raise FoldError("The model returned no numbers for the sample, so no fold can be verified. Pass a sample for which it does, or `verify=False`.")
-    eps,proofs,bound = eps_of(target),[],0
-    if own_modes(target):
+    eps,proofs,bound,own = eps_of(target),[],0,own_modes(target)
+    if own:
         try:
             target.train() # what that leaves of the fold is what counts
             target.eval()
-        except Exception as e: return Proof(float('inf'), float('inf'), ok=False, on=tests[0], error=f'{type(e).__name__}: {e}')
+        except Exception as e: return Proof(float('inf'), float('inf'), ok=False, on=tests[0], error=f'`train()` or `eval()`: {type(e).__name__}: {e}')
     for t in tests:
         refs = t.graph.results
         try: outs = t.sample.run(target)
@@ -273,6 +273,7 @@ def _check(self:BN_Folder, target, tests):
         if not proof.ok:
             proof = self._prove(target, outs, refs, t.sample, eps)
             if proof.ok and proof.own is not None and proof.own<.01: bound = 20*proof.own+20*eps # more would let anything pass
+            if own and not proof.ok: proof.exact = None # what ran in float64 is the fold, and not what `eval()` left of it
         proof.on = t
         proofs.append(proof)
         if not proof.ok: break

@@ -124,11 +124,11 @@ class Planner:
 def _free(self:Planner, v):
     "Raise `Blocked` if `v` is seen from outside, or is empty."
     for m in self.members.get(v, [v]):
-        if m.is_output: raise Blocked("the model returns what lies in between")
+        if m.is_output: raise Blocked(f"the model returns {f'`{m.names[0]}`' if m.is_leaf else 'what lies in between'}")
         if m in self.exposed: raise Blocked(f"`{self.exposed[m]}` did not run on the sample, and might read what lies in between (pass a sample that runs it, or delete it)")
         if m.hooks: raise Blocked(f"{m.hooks[0]} sees what lies in between")
     if v.kind=='input': raise Blocked("it comes straight from the model's input")
-    if v.kind=='outside': raise Blocked("it reads a tensor made outside the model")
+    if v.kind=='outside': raise Blocked(f"{v.users[0].label} reads a tensor that is no lasting part of the model")
     if 0 in v.shape: raise Blocked("what lies in between is empty on the sample")
 
 @patch
@@ -143,7 +143,9 @@ def _agreed(self:Planner, v, a, met, inside, ctx):
     "Raise `Blocked` if a reader of `v` would notice that it becomes `a(v)`."
     for o in self.users(v):
         if o in inside or met.get(o, {}).get(v)==a or self._blind(o, v, a, ctx): continue
-        raise Blocked(f"`{v.names[0]}` is also used by {o.label}" if v.is_leaf else f"its input also feeds {o.label}")
+        if v.is_leaf: raise Blocked(f"`{v.names[0]}` is also used by {o.label}")
+        its = any(self.rep(u) is v for i in inside for u in i.inputs)
+        raise Blocked(f"{'its input' if its else f'what {v.op.label} makes'} also feeds {o.label}")
 
 # %% ../nbs/06_plan.ipynb #345b7d46
 @patch
@@ -164,7 +166,10 @@ def _pull(self:Planner, v, a, inside, ctx):
     if v.op is None: raise Blocked("it reads a tensor that is no parameter")
     if v.op in inside: raise Blocked("it runs on what it made before")
     if len({self.rep(u) for u in v.op.inputs})<len(set(v.op.inputs)): raise Blocked(f"{v.op.label} reads it twice")
-    return pull_through(v.op, v, a, ctx)
+    try: return pull_through(v.op, v, a, ctx)
+    except Blocked:
+        if not v.const: raise
+        raise Blocked(f"{v.op.label} computes a weight")
 
 # %% ../nbs/06_plan.ipynb #826ced6b
 @patch
@@ -181,7 +186,8 @@ def settle(self:Planner,
             wanted[v] = a
             heapq.heappush(queue, (-v.index, len(wanted), v))
         elif wanted[v]!=a:
-            raise Blocked(f"`{v.names[0]}` is used more than once, with different norms" if v.is_leaf else "different maps are wanted of one value")
+            self._free(v) # which has a plainer reason
+            raise Blocked(f"`{v.names[0]}` is used more than once, and different maps are wanted of it" if v.is_leaf else f"different maps are wanted of what {v.op.label} makes")
     for v,a in asks: ask(self.rep(v), a)
     while queue:
         v = heapq.heappop(queue)[-1]
@@ -344,7 +350,7 @@ def _may_go(planner, name, calls, maps):
     for h in user_hooks(m): raise Blocked(f"a hook ({h}) watches it")
     for k,where in graph.asked.get(m, {}).items(): raise Blocked(f"{where if where=='the model' else f'`{where}`'} asks for its `{k}`")
     if m in planner.held: raise Blocked(f"`{planner.held[m]}` holds it, too, and would still run it")
-    if not all(a.finite for a in maps): raise Blocked("its statistics are not finite numbers")
+    if not all(a.finite for a in maps): raise Blocked("it multiplies by or adds numbers that are not finite")
     inside = {o for c in calls for o in (*c.call.ops,*[o for k in c.call.children for o in k.ops])}
     for v in sorted({v for c in calls for v in c.leaves()}, key=lambda v: v.names):
         if len(v.names)!=len(graph.modules[m]): continue # tied: it remains elsewhere

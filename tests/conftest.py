@@ -1,9 +1,15 @@
-"One thread and the same random numbers for every test."
+"One thread and the same random numbers for every test; and every plan that a test makes keeps norms for true reasons only."
 import random
 import numpy as np, pytest, torch
+import fasterfold.cover, fasterfold.fold, fasterfold.plan
+from reasons import with_true_reasons
 
 torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def seeded():
     for seed in (random.seed,np.random.seed,torch.manual_seed): seed(0)
+
+@pytest.fixture(autouse=True)
+def true_reasons(monkeypatch):
+    for m in (fasterfold.cover,fasterfold.fold,fasterfold.plan): monkeypatch.setattr(m, 'plan_folds', with_true_reasons(m.plan_folds))

@@ -113,7 +113,7 @@ def _(op, carried, ctx):
 def _(op, out, a, ctx):
     x,y = op.args.tensor1,op.args.tensor2
     if not fixed(x): x,y = y,x
-    need(len({x,y,op.args.self})==3, f"{op.label} multiplies it with itself")
+    need(len({x,y,op.args.self})==3, f"{op.label} reads it twice")
     return [ask(op, op.args.self, a), ask(op, x, a.linear)]
 
 # %% ../../nbs/rules/04_arithmetic.ipynb #6383964e

@@ -125,8 +125,8 @@ def pull(
 # %% ../../nbs/rules/00_core.ipynb #3f09c2ad
 def _first_only(f):
     def _(op, carried, ctx):
-        x = first(op)
-        need(set(carried)=={x} and op.inputs.count(x)==1, f"{op.label} uses it as a weight")
+        given = [(k,v) for k,a in op.args.items() for v in (a if isinstance(a, list) else [a]) if isinstance(v, Value)]
+        for k,v in given[1:]: need(v not in carried, f"{op.label} takes it as `{k}`")
         return f(op, carried, ctx)
     return _
 

@@ -82,7 +82,7 @@ _products = ('mm','addmm','bmm','baddbmm','_sparse_addmm')
 @pull(*_products)
 def _(op, out, a, ctx):
     x,w,b = _factors(op)
-    need(x is not w and b is not x and b is not w, f"{op.label} multiplies it with itself")
+    need(x is not w and b is not x and b is not w, f"{op.label} reads it twice")
     lin = a.linear
     if lin.constant(-2) and not (lin.constant(-1) and x.const and not w.const): v = w
     else:
@@ -114,7 +114,8 @@ def _summed_shift(op, a, v, other, k, ctx):
 def _(op, carried, ctx):
     x,w,b = _factors(op)
     (v,a),*more = carried.items()
-    need(not more and v is not b and v in (x,w) and x is not w, f"{op.label} multiplies it with itself")
+    need(v in (x,w) and v is not b, f"it is added to something else in {op.label}")
+    need(not more and x is not w, f"{op.label} multiplies it with itself")
     other,k = (w,-1) if v is x else (x,-2)
     scale,asks = _summed_scale(op, a, other, k)
     shift = _summed_shift(op, a, v, other, k, ctx)
@@ -142,8 +143,8 @@ def _averaged(op, a, ctx):
     "The values that `op` averages, if `a` may pass."
     v,mask = op.args.value,op.args.get('attn_mask', op.args.get('attn_bias'))
     need(v not in (op.args.query,op.args.key), f"{op.label} multiplies it with itself")
-    ok = v.shape[:-2]==op.out.shape[:-2] and a.constant(-2) and not op.args.get('dropout_p')
-    need(ok, f"{op.label} mixes values that are scaled differently")
+    need(not op.args.get('dropout_p'), f"{op.label} drops some of it at random")
+    need(v.shape[:-2]==op.out.shape[:-2] and a.constant(-2), f"{op.label} mixes values that are scaled differently")
     need(not a.shifts or _sees(mask, ctx), f"{op.label} does not let a shift pass, since its mask may hide everything")
     return v
 
@@ -169,7 +170,7 @@ def _(op, out, a, ctx):
 @pull('_weight_norm_interface')
 def _(op, out, a, ctx):
     dim = op.args.dim%out.rank
-    need(out is op.out and not a.shifts and all(n==1 or d==dim for d,n in enumerate(a.shape)), f"{op.label} computes that weight")
+    need(out is op.out and not a.shifts and all(n==1 or d==dim for d,n in enumerate(a.shape)), f"{op.label} computes a weight")
     return [(op.args.g, a)]
 
 # %% ../../nbs/rules/05_products.ipynb #5d0a2388

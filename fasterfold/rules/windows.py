@@ -58,7 +58,7 @@ def _(op): return _dims(op), ['counted']
 # %% ../../nbs/rules/03_windows.ipynb #fb20f6f9
 @window('amax','amin','max','min','median')
 def _(op):
-    need('other' not in op.args and op.args.self.rank, f"it comes before {op.label}")
+    need('other' not in op.args and op.args.self.rank, f"{op.label} lets no map pass")
     return _dims(op), ['rising']
 
 # %% ../../nbs/rules/03_windows.ipynb #f0586ce0
@@ -71,7 +71,7 @@ def _check_window(op, a):
     if 'rising' in must:
         need(bool((a.scale>=0).all()), f"{op.label} does not let a negative scale pass")
         where = any(o is not None and o.users for o in op.outs[1:])
-        need(not where or bool((a.scale>0).all()), f"{op.label} also says where its maxima are")
+        need(not where or bool((a.scale>0).all()), f"{op.label} also says which values it picks")
     return a
 
 def _lose(op, a, dims):
@@ -87,7 +87,7 @@ def _regain(op, a, dims):
 # %% ../../nbs/rules/03_windows.ipynb #8d67463a
 @pull(*WINDOW)
 def _(op, out, a, ctx):
-    need(out is op.out, f"it is read by position through {op.label}")
+    need(out is op.out, f"it reads the positions that {op.label} found")
     return [(first(op), _check_window(op, _regain(op, a, WINDOW[op.name](op)[0])))]
 
 @push(*WINDOW)
@@ -102,8 +102,9 @@ def _collected(op, a, ctx):
     "What `op` collects, if `a` may pass."
     v,dim,how = op.args.get('src', op.args.get('source')),dim_of(op),op.args.get('reduce', 'sum')
     need(_zeros(op.args.self, ctx), f"{op.label} adds it to something else")
-    same = all(m==n or d==dim for d,(m,n) in enumerate(zip(v.shape, op.out.shape)))
-    need(same and a.constant(dim) and how!='prod', f"{op.label} mixes values that are scaled differently")
+    need(how!='prod', f"{op.label} multiplies what it collects")
+    need(all(m==n or d==dim for d,(m,n) in enumerate(zip(v.shape, op.out.shape))), f"{op.label} collects a part of it")
+    need(a.constant(dim), f"{op.label} mixes values that are scaled differently")
     need(not a.shifts, f"{op.label} does not let a shift pass")
     need(how in ('sum','mean') or bool((a.scale>=0).all()), f"{op.label} does not let a negative scale pass")
     return v
