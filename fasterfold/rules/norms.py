@@ -35,8 +35,9 @@ def bn_affine(
 )->Affine: # What it does at inference
     "The map of a traced batch normalization. Raises `Blocked` if it normalizes with statistics of its input."
     a = op.args
-    running = not a.get('training') and a.get('running_mean') is not None
-    need(running, "it normalizes with statistics of its input, which change with it (`track_running_stats=False`)")
+    why = "it normalizes with statistics of its input, which change with it"
+    need(a.get('running_mean') is not None, f"{why} (`track_running_stats=False`)")
+    need(not a.get('training'), f"{why}, in eval mode, too")
     need(all(fixed(v) for v in (a.running_mean,a.running_var,a.weight,a.bias) if v is not None), "its statistics are not fixed numbers")
     w,b = (None if v is None else ctx.read(v) for v in (a.weight,a.bias))
     return norm_affine(ctx.read(a.running_mean), ctx.read(a.running_var), w, b, a['eps'] if 'eps' in a else a.epsilon, op.out.rank)
