@@ -45,6 +45,7 @@ def affine(self:NormCall, ctx):
         if not ins: continue
         if any(v not in maps for v in ins): return None
         found = constant_map(o, ctx)
+        if found is not None and o.sized: raise Blocked(f"{o.label} computes with a size or number of the input")
         if found is not None: maps[o.out] = found[1] if found[0] is self.x else found[1]@maps[found[0]]
         else:
             outs,asks = push_through(o, {ins[0]:maps[ins[0]]}, ctx)
@@ -101,6 +102,12 @@ class Kept:
     calls:int = 1 # How often it ran
 
 # %% ../nbs/05_find.ipynb #a168c912
+def _other(call):
+    "Why a call that runs batch normalizations is no norm."
+    if not isinstance(call.module, _BatchNorm): return f"`batch_norm` is called as a function in `{type(call.module).__name__}.forward`, which cannot be edited"
+    if len(call.ins)!=1: return "it is not called with one tensor, by position"
+    return f"`{type(call.module).__name__}.forward` does more than scale and shift each channel of its input"
+
 def _read_norm(call, n, ctx):
     "The norm that `call` is, or None; and for a call that runs `n` batch normalizations or would if it were given any numbers, why it is none."
     c = norm_call(call)
@@ -113,8 +120,7 @@ def _read_norm(call, n, ctx):
     if c is not None and c.map is not None and (n or c.map.scales):
         if scripted: return None,scripted
         return (c,None) if call.given==1 else (None,"it is called with more than its input, which an `nn.Identity` does not take")
-    if n and not call.given and isinstance(call.module, _BatchNorm): return None, scripted or "it gets its input by keyword, and only a positional one is followed"
-    return None, (scripted or f"`batch_norm` is called as a function in `{type(call.module).__name__}.forward`, which cannot be edited") if n else None
+    return None, (scripted or _other(call)) if n else None
 
 def find_norms(
     graph:Graph, # A traced forward pass
@@ -126,6 +132,6 @@ def find_norms(
         c,why = _read_norm(call, n, ctx)
         if c is not None: norms.setdefault(m, []).append(c)
         elif why: broken.setdefault(m, Kept(call.name or '', why, 0)).calls += n
-    idle = [Kept(names[0], "it did not run on the sample", 0) for m,names in graph.modules.items()
-        if m not in ran and isinstance(m, _BatchNorm)]
+    idle = [Kept(names[0], "it runs no batch normalization of the input" if m in ran else "it did not run on the sample", 0)
+        for m,names in graph.modules.items() if isinstance(m, _BatchNorm) and m not in norms.keys()|broken.keys()]
     return {m:c for m,c in norms.items() if m not in broken}, [*broken.values(),*idle]

@@ -7,6 +7,7 @@ __all__ = ['BN_Folder']
 
 # %% ../nbs/11_fold.ipynb #c189fc1a
 import torch
+from collections import Counter
 from contextlib import contextmanager
 from functools import partial
 from textwrap import shorten
@@ -18,7 +19,7 @@ from .edit import Snapshot, apply_plan
 from .plan import FoldPlan, plan_folds
 from .proof import Proof, compare_runs, distance, eps_of, largest, prove, run_as, to_double
 from .sample import Sample
-from .state import FoldError, check_model, clock, copy_model, own_modes, preserved
+from .state import FoldError, check_model, clock, copy_model, is_dense, own_modes, preserved, tensors_in
 from .strip import strip_dropout, strip_identity, take_out
 from .trace import glance, trace
 
@@ -360,7 +361,8 @@ def _format(target, sample, snap, auto):
     how = dict(timer=partial(clock, sample.device), num_threads=torch.get_num_threads())
     def seconds(): return Timer('s.run(m)', globals=dict(m=target, s=sample), **how).blocked_autorange(min_run_time=.3).median
     before = seconds() if auto else None
-    old = [(p, p.data) for p in target.parameters() if p.dim()==4]
+    stores = Counter(t.untyped_storage()._cdata for t in tensors_in(target) if is_dense(t)) # views of one memory stay that
+    old = [(p, p.data) for p in target.parameters() if p.dim()==4 and is_dense(p) and stores[p.untyped_storage()._cdata]==1]
     for p,data in old: snap.swap(p, data.contiguous(memory_format=torch.channels_last))
     if not auto: return {}
     res = dict(contiguous=before, channels_last=seconds())

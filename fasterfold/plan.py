@@ -150,13 +150,16 @@ def _agreed(self:Planner, v, a, met, inside, ctx):
 # %% ../nbs/06_plan.ipynb #345b7d46
 @patch
 def _alone(self:Planner, v):
-    "Raise `Blocked` if the parameter `v` is sparse or nested, a view of another, part of TorchScript, or tied to a module that did not run."
+    "Raise `Blocked` if the parameter `v` is sparse or nested, of integers, a view of another, part of TorchScript, not saved, or tied to a module that did not run."
+    if not v.dtype.is_floating_point: raise Blocked(f"`{v.names[0]}` is {'complex' if v.dtype.is_complex else 'not of floating-point numbers'}")
     if v.tensor is not None and not is_dense(v.tensor): raise Blocked(f"`{v.names[0]}` is sparse or nested")
     twins = [t for t in self.twins.get(v.store, []) if t is not v]
     if twins: raise Blocked(f"`{v.names[0]}` shares its memory with `{twins[0].names[0]}`")
     owners = {self.owners[n.rpartition('.')[0]]:n for n in v.names}
     scripted = [n for m,n in owners.items() if isinstance(m, torch.jit.ScriptModule)]
     if scripted: raise Blocked(f"`{scripted[0]}` is part of TorchScript, of which nothing is edited")
+    if v.kind=='buffer' and all(n.rpartition('.')[-1] in self.owners[n.rpartition('.')[0]]._non_persistent_buffers_set for n in v.names):
+        raise Blocked(f"`{v.names[0]}` is not saved in the state_dict (`persistent=False`)")
     idle = [n for m,n in owners.items() if m not in self.ran]
     if idle and len(owners)>1: raise Blocked(f"`{v.names[0]}` is tied to `{idle[0]}`, which did not run on the sample")
 

@@ -9,12 +9,13 @@ __all__ = ['FoldError', 'is_dense', 'Detached', 'growing', 'accelerator', 'clock
 
 # %% ../nbs/01_state.ipynb #2463438d
 import copy, gc, random, numpy as np, torch
-from collections import OrderedDict
+from array import array
+from collections import OrderedDict, deque
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from operator import eq, is_
 from timeit import default_timer
-from types import CellType, FunctionType, MethodType
+from types import CellType, FunctionType, MethodType, ModuleType
 from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -103,9 +104,10 @@ def _put_scripted(m, old):
 
 # %% ../nbs/01_state.ipynb #5a1c0f09
 _usual = vars(nn.Module()).keys()
+_hooks = [k for k in _usual if k.endswith('_hooks')]
 
 _holders = [ # (kind of object, function that gives what it holds)
-    (dict, dict.values), ((list,tuple,set), iter), (MethodType, lambda f: [f.__self__]), (partial, lambda f: [f.func,*f.args,*f.keywords.values()]),
+    (dict, dict.values), ((list,tuple,set,deque), iter), (MethodType, lambda f: [f.__self__]), (partial, lambda f: [f.func,*f.args,*f.keywords.values()]),
     (FunctionType, lambda f: [c.cell_contents for c in f.__closure__ or () if c!=CellType()])]
 
 def _within(o, depth=3):
@@ -135,23 +137,48 @@ def all_modules(
     return res
 
 # %% ../nbs/01_state.ipynb #a139ae3f
+_numbers,_no_objects = (array,bytearray,np.ndarray),(type,ModuleType,nn.Module,Tensor,FunctionType,MethodType,partial)
+
+def _collect(o, res, deep, depth=3):
+    "Put into `res`, by `id`, the containers that `o` is and holds; if `deep`, also tensors, and what functions and attributes of objects hold."
+    if type(o) in _as_is or not depth or id(o) in res: return
+    if isinstance(o, (dict,list,set,deque,*_numbers)) or deep and isinstance(o, Tensor) and not isinstance(o, nn.Parameter): res[id(o)] = o
+    elif type(o) is not tuple and deep and not isinstance(o, _no_objects) and type(attrs := getattr(o, '__dict__', None)) is dict: res[id(attrs)] = o = attrs
+    if deep and isinstance(o, FunctionType):
+        for k in o.__code__.co_names: _collect(o.__globals__.get(k), res, deep, depth-1)
+    for kind,f in _holders if deep else _holders[:2]:
+        if isinstance(o, kind): return [_collect(v, res, deep, depth-1) for v in f(o) if type(v) not in _as_is]
+
 def _refill(o, old):
-    "Let a dict, set or list hold again what it held."
+    "Let a container hold again what it held."
+    if isinstance(o, np.ndarray): return np.copyto(o, old) if o.flags.writeable else None
+    if isinstance(o, _numbers):
+        o[:] = old
+        return
     same = len(o)==len(old) and (o==old if isinstance(o, set) else all(map(is_, o, old)))
     if same and (not isinstance(o, dict) or all(map(is_, o.values(), old.values()))): return
     o.clear()
-    (o.extend if isinstance(o, list) else o.update)(old)
+    (o.extend if isinstance(o, (list,deque)) else o.update)(old)
 
 class Structure:
     "What each module of `model` is and holds now."
     @growing()
     def __init__(self,
         model:nn.Module, # Any model
+        deep:bool=False, # Also what its hooks, functions and objects hold, and the tensors that are no buffers?
     ):
-        self.modules = []
+        self.modules,self.tensors = [],[]
         for m in all_modules(model):
-            held = [o for o in vars(m).values() if isinstance(o, (dict,set,list))]
-            self.modules.append((m, m.__class__, vars(m).copy(), [o for o in held if not o], [(o, o.copy()) for o in held if o], _scripted(m)))
+            own,more = vars(m),{}
+            for k in own.keys()-_usual: _collect(own[k], more, deep)
+            if deep:
+                for k in filter(own.get, _hooks): _collect(own[k].copy(), more, deep, 5)
+            held = [o for k,o in own.items() if k in _usual and isinstance(o, (dict,set))]
+            if more:
+                self.tensors += [o for o in more.values() if isinstance(o, Tensor)]
+                held += [o for o in more.values() if not isinstance(o, (Tensor,*_numbers))]
+            full = [(o, o.copy()) for o in held if o]+[(o, copy.copy(o)) for o in more.values() if isinstance(o, _numbers)]
+            self.modules.append((m, m.__class__, own.copy(), [o for o in held if not o], full, _scripted(m)))
 
     def restore(self):
         "Let each module be and hold that again."
@@ -179,18 +206,22 @@ def tensors_in(
 )->list: # Its parameters and buffers, each once
     return [*model.parameters(),*model.buffers()]
 
+def _once(t):
+    "`t` without its dimensions along which all elements are one: these cannot be written to."
+    return t[tuple(slice(None) if s else slice(1) for s in t.stride())] if is_dense(t) and 0 in t.stride() else t
+
 class Contents:
     "The numbers that the parameters and buffers of `model` hold now, and which of them are trained."
     def __init__(self,
         model:nn.Module, # Any model
-    ): self.held = [(t, t.data, t.detach().clone(), t.requires_grad) for t in tensors_in(model) if is_dense(t)]
+    ): self.held = [(t, t.data, _once(t.detach()).clone().expand_as(t), t.requires_grad) for t in tensors_in(model) if is_dense(t)]
 
     def restore(self):
         "Let each hold them again, where it held them."
         for t,data,saved,grad in self.held:
             if t.data_ptr()!=data.data_ptr() or t.shape!=data.shape: t.data = data
             if not torch.equal(t, saved):
-                with torch.inference_mode(t.is_inference()), torch.no_grad(): t.data.copy_(saved)
+                with torch.inference_mode(t.is_inference()), torch.no_grad(): _once(t.data).copy_(_once(saved))
             if t.is_leaf and t.requires_grad!=grad: t.requires_grad_(grad)
 
 # %% ../nbs/01_state.ipynb #0940e464
@@ -201,11 +232,12 @@ def still(
     model:nn.Module, # Any model
 ):
     "Run `model` in eval mode without gradients; what its modules hold and its buffers are as before afterwards."
-    before = Structure(model)
+    before = Structure(model, deep=True)
     modules = [m for m,*_ in before.modules]
     training = any(getattr(m, 'training', False) for m in modules)
     held = Contents(model) if training and own_modes(model) else None
-    buffers = [(b, _version(b), b.clone()) for m in modules for b in m._buffers.values() if b is not None]
+    buffers = {id(b):b for b in (*[b for m in modules for b in m._buffers.values() if b is not None],*before.tensors)}.values()
+    buffers = [(b, _version(b), data := b.data, part := _once(data), part.clone()) for b in buffers]
     try:
         if training: model.eval()
         for m in modules:
@@ -213,9 +245,10 @@ def still(
         with torch.no_grad(): yield
     finally:
         before.restore()
-        for b,version,saved in buffers:
-            if version is None or b._version!=version:
-                with torch.inference_mode(b.is_inference()), torch.no_grad(): b.copy_(saved)
+        for b,version,data,part,saved in buffers:
+            if is_dense(b) and b.data_ptr()!=data.data_ptr(): b.data = data
+            if version is None or b._version!=version or b.dim()==1: # statistics of norms are written to unseen
+                with torch.inference_mode(b.is_inference()), torch.no_grad(): part.copy_(saved)
         if held: held.restore()
 
 # %% ../nbs/01_state.ipynb #66781ad1

@@ -93,7 +93,7 @@ class Call:
     ops:list = field(default_factory=list) # Operations run by its own code, not by a child's
     children:list = field(default_factory=list) # Calls of other modules inside it
     ins:list = field(default_factory=list) # Values among the positional arguments
-    given:int = 0 # How many positional arguments there are
+    given:int = 0 # How many arguments there are
     out:Value = None # The value it returned, if it returned one tensor
     def all_ops(self): return sorted(self.ops + [o for c in self.children for o in c.all_ops()], key=lambda o: o.index)
 
@@ -301,6 +301,7 @@ def _exit_module(self:Tracer, m, args, *rest):
     *kwargs,out = rest # after an exception, torch passes no keyword arguments
     call = self.stack.pop()
     while call.module is not m: call = self.stack.pop() # calls that ended in an exception the model caught
+    call.given += sum(map(len, kwargs))
     if isinstance(out, Tensor): call.out = self.value(out)
     self._watch(m, out)
     if isinstance(m, torch.jit.ScriptModule): self._doubt(call, args, kwargs, out)

@@ -155,6 +155,7 @@ FORMS = { # all other reasons: what must hold of the `Around` and the `Side`
     "`([^`]+)` is tied to `([^`]+)`, which did not run on the sample": lambda n,s,w,u: lent(n, s, w) is leaf(n, u) and not runs(n, u.rpartition('.')[0]),
     "its `([^`]+)` is also read by #": lambda n,s,k,l: reads(n, [v for v in n.graph.leaves if v.names[0].rpartition('.')[2]==k and n.own&{*v.users}], l),
     r"a hook \((.+)\) watches it": lambda n,s,h: h in user_hooks(n.module),
+    "(?:`([^`]+)`|the model) asks for its `([^`]+)`": lambda n,s,*o: o[-1] in n.graph.asked.get(n.module, ()) and (len(o)==1 or runs(n, o[0])),
     "`([^`]+)` holds it, too, and would still run it": lambda n,s,name: name.rpartition('.')[2] in vars(owner(n, name)),
     "it multiplies by or adds numbers that are not finite": lambda n,s: not all(a.finite for a in n.maps),
     "it is no part of the model": lambda n,s: any(c.name is None for c in n.calls),
@@ -163,9 +164,15 @@ FORMS = { # all other reasons: what must hold of the `Around` and the `Side`
     "it ran on an empty tensor: fold with a sample that fills it": lambda n,s: any(0 in v.shape for c in n.calls for v in c.ins),
     "it is TorchScript, of which nothing is edited": lambda n,s: isinstance(n.module, jit.ScriptModule),
     "it is called with more than its input, which an `nn.Identity` does not take": lambda n,s: any(c.given>1 for c in n.calls),
-    "it gets its input by keyword, and only a positional one is followed": lambda n,s: any(not c.given for c in n.calls),
+    "it is not called with one tensor, by position": lambda n,s: any(len(c.ins)!=1 for c in n.calls),
+    r"`(\w+).forward` does more than scale and shift each channel of its input": lambda n,s,t: t in {type(c.module).__name__ for c in n.calls},
+    "it runs no batch normalization of the input": lambda n,s: n.calls and not any(varies(v) for o in norm_ops(n) for v in o.inputs),
+    "# computes with a size or number of the input": lambda n,s,l: any(o.sized and o.label==l for o in n.own),
+    "`([^`]+)` is not of floating-point numbers": lambda n,s,w: not lent(n, s, w).dtype.is_floating_point,
+    "`([^`]+)` is complex": lambda n,s,w: any(v.dtype.is_complex and v.name==w for v in s.values),
+    r"`([^`]+)` is not saved in the state_dict \(`persistent=False`\)": lambda n,s,w: lent(n, s, w) and w not in n.calls[0].module.state_dict(),
     r"`batch_norm` is called as a function in `(\w+).forward`, which cannot be edited": lambda n,s,t: t in {type(c.module).__name__ for c in n.calls},
-    r"it normalizes with statistics of its input, which change with it(?: \(.+\))?": lambda n,s: any(own_statistics(o) for o in norm_ops(n)),
+    r"it normalizes with statistics of its input, which change with it(?: \(.+\)|, in eval mode, too)?": lambda n,s: any(own_statistics(o) for o in norm_ops(n)),
     r"`([^`]+)` would overflow (\w+)": lambda n,s,w,dtype: str(leaf(n, w).dtype)==f'torch.{dtype}',
     r"failed verification: (?:the folded model does not run \(.+\)|rounding would put it \S+ off, and the original is \S+ off)": lambda n,s: True,
     rf"{_same}(?: on inputs of [^`]+)?": lambda n,s: True,
@@ -184,8 +191,8 @@ def true_of(part, n, side):
         if (m := form.fullmatch(part)) is None: continue
         if of_op:
             label,*rest = filter(None, m.groups())
-            res = any(f(o, n, *rest) for o in side.ops if o.label==label)
-        else: res = bool(f(n, side, *m.groups()))
+            res = any(f(o, n, *rest) for o in side.ops|n.own if o.label==label)
+        else: res = bool(f(n, side, *[g for g in m.groups() if g is not None]))
         if res: return True
     return res
 

@@ -33,7 +33,7 @@ def halves(m, x): return m.norm(torch.cat([(y:=m.conv(x)).flip(2), y.flip(3)], 1
 def plain_weight(m, x): return m.norm(F.conv2d(x, *m.plain)).relu()
 
 CASES = { # what is told: (model, input, the norm, its reason)
-    'input by keyword': (Fn(lambda m,x: m.norm(input=m.conv(x)), conv=conv(), norm=norm()), image, 'norm', 'it gets its input by keyword, and only a positional one is followed'),
+    'input by keyword': (Fn(lambda m,x: m.norm(input=m.conv(x)), conv=conv(), norm=norm()), image, 'norm', 'it is not called with one tensor, by position'),
     'weight from the input': (Fn(lambda m,x: m.act(m.conv(x)), conv=conv(), act=Fn(conditional, b=norm())), image, 'act', 'its `weight` is not known to be the same for every input'),
     'no statistics': (nn.Sequential(conv(), Drawn(4)), image, '1', 'it normalizes with statistics of its input, which change with it (as with `track_running_stats=False`)'),
     'unused statistics': (nn.Sequential(conv(), Trained(4)), image, '1', 'it normalizes with statistics of its input, which change with it'),

@@ -31,8 +31,9 @@ class Context:
         "The numbers of a constant value."
         if v.kind=='absent': t = torch.full(v.shape, v.fill, dtype=torch.float64)
         elif v.op is None:   t = v.tensor.detach()
-        elif v.op.name=='_to_copy': return self.read(v.op.args.self)
+        elif v.op.name=='_to_copy' and v.dtype.is_floating_point and v.op.args.self.dtype.is_floating_point: return self.read(v.op.args.self)
         else: t = self._compute(v)
+        need(not t.is_complex(), f"`{v.name}` is complex")
         t = wide(t) if t.is_floating_point() else t.cpu()
         for a in self.edits.get(v, []): t = a(t)
         return t
@@ -88,7 +89,7 @@ def number(
     ctx:Context, # Gives the current numbers
 )->Tensor: # float64, of the rank of the output
     "A constant operand of `op` as numbers that broadcast with its output."
-    c = ctx.read(v) if isinstance(v, Value) else torch.tensor(float(v), dtype=torch.float64)
+    c = ctx.read(v).double() if isinstance(v, Value) else torch.tensor(float(v), dtype=torch.float64)
     return c.reshape([1]*(op.out.rank-c.dim()) + list(c.shape))
 
 def ask(

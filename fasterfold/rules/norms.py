@@ -35,8 +35,9 @@ def bn_affine(
 )->Affine: # What it does at inference
     "The map of a traced batch normalization. Raises `Blocked` if it normalizes with statistics of its input."
     a = op.args
-    running = a.get('running_mean') is not None
-    need(running and not a.get('training'), f"it normalizes with statistics of its input, which change with it{'' if running else ' (as with `track_running_stats=False`)'}")
+    why = "it normalizes with statistics of its input, which change with it"
+    need(a.get('running_mean') is not None, f"{why} (as with `track_running_stats=False`)")
+    need(not a.get('training'), f"{why}, in eval mode, too")
     for k in ('running_mean','running_var','weight','bias'): need(a[k] is None or fixed(a[k]), f"its `{k}` is not known to be the same for every input")
     w,b = (None if v is None else ctx.read(v) for v in (a.weight,a.bias))
     return norm_affine(ctx.read(a.running_mean), ctx.read(a.running_var), w, b, a['eps'] if 'eps' in a else a.epsilon, op.out.rank)
