@@ -182,6 +182,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'fasterfold.fold._merge': ('fold.html#_merge', 'fasterfold/fold.py'),
                                  'fasterfold.fold._merge_branches': ('fold.html#_merge_branches', 'fasterfold/fold.py'),
                                  'fasterfold.fold._modes': ('fold.html#_modes', 'fasterfold/fold.py'),
+                                 'fasterfold.fold._public': ('fold.html#_public', 'fasterfold/fold.py'),
                                  'fasterfold.fold._samples': ('fold.html#_samples', 'fasterfold/fold.py'),
                                  'fasterfold.fold._set_modes': ('fold.html#_set_modes', 'fasterfold/fold.py'),
                                  'fasterfold.fold._tests': ('fold.html#_tests', 'fasterfold/fold.py'),

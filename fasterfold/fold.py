@@ -9,7 +9,7 @@ __all__ = ['BN_Folder']
 import torch
 from collections import Counter
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from textwrap import shorten
 from fastcore.basics import patch, store_attr
 from torch import nn
@@ -35,7 +35,16 @@ def _check_option(k, v):
         raise FoldError(f"`{k}` is {', '.join(most)} or {last}, and not {shorten(repr(v), 60, placeholder=' …')}.")
 
 # %% ../nbs/11_fold.ipynb #5a1c0f12
-_normal_mode = torch.inference_mode(False) # a tensor made in inference mode can never be trained again
+def _public(f):
+    "`f` in normal mode, since a tensor made in inference mode can never be trained again; whatever goes wrong inside is a `FoldError`."
+    @wraps(f)
+    def _f(*args, **kwargs):
+        try:
+            with torch.inference_mode(False): return f(*args, **kwargs)
+        except FoldError: raise
+        except Exception as e:
+            raise FoldError(f"The fold went wrong, and the model is as it was before ({type(e).__name__}: {e}). What is above says where: in the model, or else please report it.") from e
+    return _f
 
 def _list_buffers(model):
     for m in model.modules():
@@ -100,7 +109,7 @@ class BN_Folder:
     def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={getattr(self, k)!r}' for k in _values)})"
     def __getstate__(self): return vars(self) | dict(_undo=[], _last=None, _whole=None) # the model it folded stays here
 
-    @_normal_mode
+    @_public
     def plan(self,
         model:nn.Module, # Any model, in any mode
         sample=None, # What to call it with: a tuple is positional arguments, a dict keyword arguments; None to make one up
@@ -118,7 +127,7 @@ class BN_Folder:
         cover.main.plan.covers = describe(cover, 'Traced')
         return cover.main.plan
 
-    @_normal_mode
+    @_public
     def fold(self,
         model:nn.Module, # Any model, in any mode
         sample=None, # What to call it with: a tuple is positional arguments, a dict keyword arguments; None to make one up
@@ -137,6 +146,7 @@ class BN_Folder:
 
 # %% ../nbs/11_fold.ipynb #c09513c1
 @patch
+@_public
 def undo(self:BN_Folder):
     "Give the last model that was folded back as it was, bit for bit. Raises `FoldError` if there is none."
     if not self._undo: raise FoldError("There is nothing to undo: nothing was folded, or it was undone before.")
@@ -144,7 +154,7 @@ def undo(self:BN_Folder):
     _list_buffers(self._whole)
 
 @patch
-@_normal_mode
+@_public
 def refold(self:BN_Folder)->FoldPlan: # What was folded now
     "Fold the model of the last `fold` again, after `undo`, with the weights it has now: no new trace, and no proof."
     if self._last is None: raise FoldError("There is nothing to fold again: call `fold` first.")

@@ -113,11 +113,8 @@ class Rewritten(nn.Linear):
         return super().train(mode)
 
 def test_fold_that_the_next_eval_would_undo():
-    net,x,folder = made(lambda: nn.Sequential(Rewritten(5, 6), nn.BatchNorm1d(6), nn.ReLU())).eval(),torch.randn(4, 5),BN_Folder()
-    ref = now(net, x)
-    new = folder.fold(net, x)
-    assert 'failed verification: the folded model did not compute the same' in reason(folder.result, '1') # which is no matter of rounding
-    assert distance(now(new.train().eval(), x), ref)==0
+    plan = stays_right(lambda: nn.Sequential(Rewritten(5, 6), nn.BatchNorm1d(6), nn.ReLU()), torch.randn(4, 5), 0)
+    assert 'no lasting part of the model' in reason(plan, '1')
 
 class AsksForItsNorm(nn.Sequential):
     "Freezes its norm while it trains."

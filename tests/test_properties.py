@@ -4,9 +4,9 @@ hypothesis draws a program of layers, functions, views and in-place writes, runs
 hide a wrong rule), and compares: on the sample, on other values, another batch, another size and other arguments. `HYPOTHESIS_PROFILE=ci` (the default) draws 500 networks, always the same;
 `HYPOTHESIS_PROFILE=long python -m pytest tests/test_properties.py` draws 20,000 new ones.
 """
-import os, pytest, torch, torch.nn.functional as F
+import os, pytest, threading, torch, torch.nn.functional as F
 from fastai.layers import BatchNorm1dFlat
-from hypothesis import HealthCheck,given,settings,strategies as st
+from hypothesis import HealthCheck,given,reject,settings,strategies as st
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torchvision.ops import FrozenBatchNorm2d
@@ -488,7 +488,8 @@ def norms_that_run(model, sample):
     handle = register_module_forward_hook(lambda m,i,o: ran.add(m))
     try: run(model, sample)
     finally: handle.remove()
-    return {names[m] for m in ran if isinstance(m, norms) and not (isinstance(m, nn.modules.instancenorm._InstanceNorm) and not m.track_running_stats)}
+    bare = lambda m: isinstance(m, nn.modules.instancenorm._InstanceNorm) and not m.track_running_stats
+    return {names[m] for m in ran&names.keys() if isinstance(m, norms) and not bare(m)}
 
 def check_on_nothing(model, sample, refs):
     "An empty batch shows nothing: what is folded with it is right for other batches."
@@ -521,6 +522,9 @@ def check(model, sample):
     assert not lost, f"{lost} neither folded nor kept"
     assert not {*names_of(plan.folded)}&{*names_of(plan.kept)} and all(o.reason for o in plan.kept)
     for o,r in tried: agree(run(new, o), r, model, o)
+    new.train() # and what that leaves of it
+    new.eval()
+    agree(run(new, sample), refs, model, sample)
     check_on_nothing(model, sample, refs)
     folder = BN_Folder()
     assert folder.fold(model, sample, inplace=True) is model
@@ -533,3 +537,78 @@ def check(model, sample):
 @pytest.mark.timeout(1200 if settings().max_examples<1000 else 0)
 @given(networks())
 def test_random_networks(net): check(*net)
+
+# ---- With modules that do more than compute
+
+class Wrapped(nn.Module):
+    def __init__(self, m):
+        super().__init__()
+        self.m = m
+    def forward(self, x): return self.m(x)
+class Listed(nn.Module):
+    "Keeps its module where PyTorch does not look."
+    def __init__(self, m):
+        super().__init__()
+        self.ms = [m]
+    def forward(self, x): return self.ms[0](x)
+class Asking(Wrapped):
+    def forward(self, x): return self.m(x).to(self.m.running_var.dtype)
+class Merging(Wrapped):
+    "In eval mode, the weight has an update in it."
+    def __init__(self, m):
+        super().__init__(m)
+        self.update,self.merged = nn.Parameter(m.weight.detach().flip(0)/4),False
+        self.eval()
+    def train(self, mode=True):
+        super().train(mode)
+        if mode==self.merged: self.m.weight.data += -self.update if mode else self.update
+        self.merged = not mode
+class Counting(Wrapped):
+    def __init__(self, m):
+        super().__init__(m)
+        self.seen,self.calls = [],0
+    def forward(self, x):
+        self.calls += 1
+        self.seen.append(y := self.m(x))
+        return y
+class Rewriting(Wrapped):
+    "Writes its weight anew when it is put into eval mode."
+    def __init__(self, m):
+        super().__init__(m)
+        self.source = m.weight.detach().clone()
+    def train(self, mode=True):
+        if not mode: self.m.weight.data.copy_(self.source)
+        return super().train(mode)
+
+def is_norm(m): return isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is not None
+def is_layer(m): return type(m) is nn.Linear or isinstance(m, tuple(CONV.values()))
+def held_twice(net, i): net.held = [net.mods[i]]
+def hooked(net, i): net.mods[i].register_forward_hook(lambda m,args,y: y*2)
+def locked(net, i): net.mods[i].lock = threading.Lock()
+def inside(cls):
+    def put(net, i):
+        net.mods[i] = cls(net.mods[i])
+        net.eval()
+    return put
+HOSTILE = [(is_norm,f) for f in (held_twice,hooked,locked,inside(Listed),inside(Asking),inside(Counting))]
+HOSTILE += [(is_layer,f) for f in (held_twice,hooked,locked,inside(Listed),inside(Merging),inside(Rewriting),inside(Counting))]
+
+@st.composite
+def hostile_networks(draw):
+    "A random network, of which up to three layers do more than compute."
+    net,sample = draw(networks())
+    for _ in range(draw(st.integers(1, 3))):
+        ok,f = draw(st.sampled_from(HOSTILE))
+        fit = [i for i,m in enumerate(net.mods) if ok(m)]
+        if fit: f(net, draw(st.sampled_from(fit)))
+    try: run(net, Sample(sample))
+    except AttributeError: reject() # another step computes with what is wrapped now
+    return net,sample
+
+@pytest.mark.timeout(1200 if settings().max_examples<1000 else 0)
+@settings(max_examples=settings().max_examples//5)
+@given(hostile_networks())
+def test_random_networks_that_do_more(net):
+    counting = [m for m in net[0].modules() if isinstance(m, Counting)]
+    check(*net)
+    assert not any(m.seen or m.calls for m in counting)
