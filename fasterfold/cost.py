@@ -124,7 +124,7 @@ def compare(
     timers = {k:timer(m) for k,m in models.items()}
     with torch.no_grad(), ExitStack() as stack:
         for m in models.values():
-            if isinstance(m, nn.Module): stack.enter_context(preserved(m))
+            if isinstance(m, nn.Module): stack.enter_context(preserved(m, partial(sample.call, m)))
         # the first call of each also sets up whatever PyTorch sets up once
         slowest = max(t.blocked_autorange(min_run_time=0).median for t in timers.values())
         n = min(max(int(seconds/slowest/2), 3), 10)
@@ -162,7 +162,7 @@ def peak_memory(
     args,kwargs = sample.copied()
     meter = _meter(device)
     if meter is None: return None
-    with preserved(model):
+    with preserved(model, partial(sample.call, model)):
         model(*args, **kwargs) # what libraries allocate once belongs to neither model
         clock(device)
         base = meter.memory_allocated(device)

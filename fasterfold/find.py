@@ -133,5 +133,5 @@ def find_norms(
         if c is not None: norms.setdefault(m, []).append(c)
         elif why: broken.setdefault(m, Kept(call.name or '', why, 0)).calls += n
     idle = [Kept(names[0], "it runs no batch normalization of the input" if m in ran else "it did not run on the sample", 0)
-        for m,names in graph.modules.items() if isinstance(m, _BatchNorm) and m not in norms.keys()|broken.keys()]
+        for m,names in graph.modules.items() if isinstance(m, _BatchNorm) and m not in norms and m not in broken]
     return {m:c for m,c in norms.items() if m not in broken}, [*broken.values(),*idle]

@@ -43,7 +43,8 @@ def _public(f):
             with torch.inference_mode(False): return f(*args, **kwargs)
         except FoldError: raise
         except Exception as e:
-            raise FoldError(f"The fold went wrong, and the model is as it was before ({type(e).__name__}: {e}). What is above says where: in the model, or else please report it.") from e
+            raise FoldError(f"`{f.__name__}` went wrong ({type(e).__name__}: {e}): the error above says where. A model that was about to be folded is as it was before. "
+                "If that is no error of the model's own code, please report it.") from e
     return _f
 
 def _list_buffers(model):

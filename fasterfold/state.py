@@ -113,9 +113,9 @@ _holders = [ # (kind of object, function that gives what it holds)
 def _within(o, depth=3):
     "The modules that `o` is or holds."
     if isinstance(o, nn.Module): return [o]
-    if not depth or type(o) in _as_is: return []
+    if not depth: return []
     held = next((f(o) for kind,f in _holders if isinstance(o, kind)), ())
-    return [m for v in held for m in _within(v, depth-1)]
+    return [m for v in held if type(v) not in _as_is for m in _within(v, depth-1)]
 
 def held_by(
     m:nn.Module, # Any module
@@ -299,7 +299,7 @@ def preserved(
     model:nn.Module, # Any model
     again=None, # Function that does once more what is done inside; None if no other thread draws random numbers
 ):
-    "The same, and RNG state is as before, too, but for what other threads draw."
+    "Run `model` in eval mode without gradients, as `still` does; RNG state is as before afterwards, too, but for what other threads draw."
     rng,ours = _rng_state(),[True]*4 # after an error, whoever drew
     try:
         with still(model): yield

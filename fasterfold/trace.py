@@ -338,7 +338,8 @@ def listen(self:Tracer):
         if self.stack and self.stack[-1].module is not m: self.graph.asked.setdefault(m, {}).setdefault(k, self.stack[-1].name or 'the model')
     for m in self.graph.modules:
         if isinstance(m, torch.jit.ScriptModule): continue
-        for kind in ('_parameters','_buffers'): vars(m)[kind] = _Own(vars(m)[kind], partial(note, m))
+        for kind in ('_parameters','_buffers'):
+            if vars(m)[kind]: vars(m)[kind] = _Own(vars(m)[kind], partial(note, m))
 
 # %% ../nbs/04_trace.ipynb #a64a900e
 @patch

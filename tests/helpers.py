@@ -73,6 +73,40 @@ def without_bias(norm):
     norm.bias = None
     return norm
 
+class Fn(nn.Module):
+    "`f(self, *inputs)`, with `held` as attributes: modules, parameters, or anything else."
+    def __init__(self, f, **held):
+        super().__init__()
+        for k,v in held.items(): setattr(self, k, v)
+        self.f = f
+    def forward(self, *xs, **kwargs): return self.f(self, *xs, **kwargs)
+
+def made(make, train=False):
+    "What `make` makes, the same each time, with hostile norms."
+    torch.manual_seed(0)
+    net = randomize_norms(make())
+    net.train(train) # which need not return the model
+    return net
+
+def now(model, x):
+    with torch.no_grad(): return [model(x.clone())]
+
+def every_way(make, x, look, **options):
+    """Plan what `make` makes, fold a copy, and fold in place, from either mode, with proof and without: yields the folder, the model before and the folded one, and
+    what `look` saw of the former. That may not see that anything was planned, nor that a copy was folded."""
+    for train in (False,True):
+        net = made(make, train)
+        before = look(net)
+        BN_Folder(**options).plan(net, x)
+        assert look(net)==before
+        for verify in (True,False):
+            for inplace in (False,True):
+                folder,net = BN_Folder(verify=verify, **options),made(make, train)
+                before = look(net)
+                new = folder.fold(net, x, inplace=inplace)
+                assert new.training==train and (inplace or look(net)==before)
+                yield folder,net,new,before
+
 def names_of(items): return [o.norm for o in items]
 def reason(plan, norm): return next(o.reason for o in plan.kept if o.norm==norm)
 

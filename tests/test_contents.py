@@ -10,13 +10,6 @@ from helpers import *
 
 def conv(i=3, o=4, ks=3): return nn.Conv2d(i, o, ks)
 def image(n=2, size=9): return torch.randn(n, 3, size, size)
-def made(make, train=False):
-    torch.manual_seed(0)
-    return randomize_norms(make()).train(train)
-
-def now(model, x):
-    with torch.no_grad(): return model(x.clone())
-
 def memory(net):
     "Where parameters and buffers lie, and what other attributes hold."
     ts = *net.named_parameters(remove_duplicate=False),*net.named_buffers(remove_duplicate=False)
@@ -33,42 +26,25 @@ def held(o):
 def everything(net): return state(net),memory(net)
 
 def stays_right(make, folded, why=None, x=None, tol=1e-6, **options):
-    """Plan, fold a copy, fold in place and undo, from either mode, with proof and without: `folded` norms go, the first other one stays
-    for the reason `why`, outputs stay on other sizes and batches, also after `train(); eval()`, and nothing else changes."""
+    """In every way, `folded` norms go, the first other one stays for the reason `why`, outputs stay on other sizes and batches, also after
+    `train(); eval()`, and what was folded in place is given back by undo."""
     xs = [image(),image(3, 12)] if x is None else [x,x[:1]]
     refs = [now(made(make), x) for x in xs]
-    for train in (False,True):
-        net = made(make, train)
+    for folder,net,new,_ in every_way(make, xs[0], everything, **options):
+        train = new.training
+        assert len(folder.result.folded)==folded
+        if why: assert why in folder.result.kept[0].reason
+        for _ in range(2):
+            new.eval()
+            assert max(distance(now(new, x), r) for x,r in zip(xs, refs))<tol
+            new.train()
+        if new is not net: continue
+        net = made(make, train) # which nobody used between fold and undo
         before = everything(net)
-        BN_Folder(**options).plan(net, xs[0])
+        folder.fold(net, xs[0], inplace=True)
+        folder.undo()
         assert everything(net)==before
-        for verify in (True,False):
-            for inplace in (False,True):
-                folder,net = BN_Folder(verify=verify, **options),made(make, train)
-                before = everything(net)
-                new = folder.fold(net, xs[0], inplace=inplace)
-                assert len(folder.result.folded)==folded and new.training==train
-                if why: assert why in folder.result.kept[0].reason
-                assert inplace or everything(net)==before
-                for _ in range(2):
-                    new.eval()
-                    assert max(distance([now(new, x)], [r]) for x,r in zip(xs, refs))<tol
-                    new.train()
-                if not inplace: continue
-                net = made(make, train)
-                before = everything(net)
-                folder.fold(net, xs[0], inplace=True)
-                folder.undo()
-                assert everything(net)==before
     return new
-
-class Fn(nn.Module):
-    "`f(self, x)`, with `held` as attributes: modules, parameters, or anything else."
-    def __init__(self, f, **held):
-        super().__init__()
-        self.f = f
-        for k,v in held.items(): setattr(self, k, v)
-    def forward(self, x): return self.f(self, x)
 
 class Buffers(nn.Module):
     "`f(x, **buffers)`."
@@ -113,7 +89,7 @@ def test_views_of_weights(kind, options):
                 refs,before = [now(made(lambda: Viewed(VIEWS[kind])), x) for x in xs],everything(net)
                 new = folder.fold(net, xs[0], inplace=inplace)
                 assert inplace or everything(net)==before
-                assert max(distance([now(new.eval(), x)], [r]) for x,r in zip(xs, refs))<1e-6
+                assert max(distance(now(new.eval(), x), r) for x,r in zip(xs, refs))<1e-6
                 if inplace and kind!='plain':
                     assert '`conv.weight` shares its memory with `view`' in reason(folder.result, 'norm')
                     assert new.view.untyped_storage().data_ptr()==new.conv.weight.untyped_storage().data_ptr()
@@ -192,7 +168,7 @@ def test_buffer_that_is_not_saved(kind):
             if isinstance(m, nn.BatchNorm2d): m.reset_running_stats()
         new,fresh = BN_Folder().fold(net, x),BN_Folder().fold(fresh, x)
         fresh.load_state_dict(new.state_dict())
-        assert torch.equal(now(fresh, x), now(new, x))
+        assert torch.equal(*now(fresh, x), *now(new, x))
 
 def test_statistics_that_are_not_saved():
     "These may go: they are no more lost than before."
@@ -373,7 +349,7 @@ def test_norm_in_training_mode_in_a_model_that_is_not(verify, inplace):
     before,modes = everything(net),[m.training for m in net.modules()]
     new = folder.fold(net, x, inplace=inplace)
     assert len(folder.result.folded)==2 and [m.training for m in new.modules()]==modes and not isinstance(new[0][1], nn.BatchNorm2d)
-    assert distance([now(new.eval(), x)], [ref])<1e-6
+    assert distance(now(new.eval(), x), ref)<1e-6
     net.eval()[0][1].train()
     folder.undo()
     assert everything(net)==before
@@ -415,7 +391,7 @@ def test_hooks_that_change_values(where, stay):
             for verify in (True,False):
                 folder = BN_Folder(verify=verify)
                 new = folder.fold(net, xs[0])
-                assert everything(net)==before and all(distance([now(new, x)], [r])<1e-5 for x,r in zip(xs, refs))
+                assert everything(net)==before and all(distance(now(new, x), r)<1e-5 for x,r in zip(xs, refs))
                 assert len(folder.result.kept)==stay
             folder.fold(net, xs[0], inplace=True)
             folder.undo()
@@ -442,7 +418,7 @@ def test_hook_that_is_removed_while_it_runs(where, how):
             before = everything(net)
             new = folder.fold(net, x, inplace=inplace)
             assert inplace or everything(net)==before
-            assert all(distance([now(new, x)], [r])<1e-6 for r in refs)
+            assert all(distance(now(new, x), r)<1e-6 for r in refs)
     net = made(make)
     before = everything(net)
     folder.fold(net, x, inplace=True)

@@ -11,34 +11,17 @@ from helpers import *
 
 def conv(n_in=3, n_out=4, ks=3): return nn.Conv2d(n_in, n_out, ks)
 def image(n=2, size=9): return torch.randn(n, 3, size, size)
-def made(make, train=False):
-    torch.manual_seed(0)
-    net = randomize_norms(make())
-    net.train(train)
-    return net
-
-def now(model, x):
-    with torch.no_grad(): return [model(x)]
-
 def stays_right(make, x, folded, **options):
-    "Plan, fold a copy, fold in place and undo, from either mode, with proof and without: nothing else changes, and the result is right, also after `train(); eval()`."
-    for train in (False,True):
-        ref,net = now(made(make, train).eval(), x),made(make, train)
-        before = state(net)
-        BN_Folder(**options).plan(net, x)
-        assert state(net)==before
-        for verify in (True,False):
-            for inplace in (False,True):
-                folder = BN_Folder(verify=verify, **options)
-                new = folder.fold(net, x, inplace=inplace)
-                assert len(folder.result.folded)==folded and new.training==train
-                assert inplace or state(net)==before
-                for _ in range(2):
-                    assert distance(now(new.eval(), x), ref)<1e-6
-                    new.train()
-                folder.undo()
-                new.train(train)
-                assert not inplace or state(net)==before
+    "In every way, `folded` norms go, the result is right, also after `train(); eval()`, and undo gives back what was. The last plan."
+    for folder,net,new,before in every_way(make, x, state, **options):
+        train,ref = new.training,now(made(make), x)
+        assert len(folder.result.folded)==folded
+        for _ in range(2):
+            assert distance(now(new.eval(), x), ref)<1e-6
+            new.train()
+        folder.undo()
+        new.train(train)
+        assert new is not net or state(net)==before
     return folder.result
 
 # ---- Modes that are more than a flag

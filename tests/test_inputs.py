@@ -8,14 +8,6 @@ from fasterfold.sample import Sample
 from fasterfold.state import FoldError
 from helpers import *
 
-class Model(nn.Module):
-    "Runs `f` on itself and its arguments."
-    def __init__(self, f, **layers):
-        super().__init__()
-        self.f = f
-        for k,v in layers.items(): setattr(self, k, v)
-    def forward(self, *args, **kwargs): return self.f(self, *args, **kwargs)
-
 class Destandardize(nn.Module):
     "The mean and spread that a target had before it was standardized, given back."
     def __init__(self):
@@ -78,42 +70,42 @@ def situations():
     x,y = image(2,3,16,16),image(2,3,8,8)
     res = {}
     def add(name, model, x, *others): res[name] = model,x,others
-    add('set_of_another_size', Model(lambda s,x: s.norm(s.phi(x).sum(1)), phi=lin(4,6), norm=bn1(6)), image(3,10,4), image(3,25,4))
-    add('sum_over_pixels', Model(lambda s,x: s.head(s.norm(x).sum((2,3))), norm=bn2(4), head=lin(4,3)), image(2,4,32,32), image(2,4,48,40))
-    add('energy_of_more_atoms', Model(lambda s,x: s.norm(s.phi(x).sum(1)), phi=lin(4,1), norm=Destandardize()), image(3,9,4), image(3,21,4))
-    add('vector_of_ones_before', Model(lambda s,x: s.norm(s.phi(x).transpose(1, 2)@x.new_ones(x.shape[0],x.shape[1],1)), phi=lin(4,6), norm=bn1(6)),
+    add('set_of_another_size', Fn(lambda s,x: s.norm(s.phi(x).sum(1)), phi=lin(4,6), norm=bn1(6)), image(3,10,4), image(3,25,4))
+    add('sum_over_pixels', Fn(lambda s,x: s.head(s.norm(x).sum((2,3))), norm=bn2(4), head=lin(4,3)), image(2,4,32,32), image(2,4,48,40))
+    add('energy_of_more_atoms', Fn(lambda s,x: s.norm(s.phi(x).sum(1)), phi=lin(4,1), norm=Destandardize()), image(3,9,4), image(3,21,4))
+    add('vector_of_ones_before', Fn(lambda s,x: s.norm(s.phi(x).transpose(1, 2)@x.new_ones(x.shape[0],x.shape[1],1)), phi=lin(4,6), norm=bn1(6)),
         image(3,9,4), image(3,21,4))
-    add('vector_of_ones_after', Model(lambda s,x: s.head((s.norm(x)@torch.ones(x.shape[2],1, dtype=x.dtype))[...,0]), norm=bn1(4), head=lin(4,3)),
+    add('vector_of_ones_after', Fn(lambda s,x: s.head((s.norm(x)@torch.ones(x.shape[2],1, dtype=x.dtype))[...,0]), norm=bn1(4), head=lin(4,3)),
         image(3,4,9), image(3,4,21))
-    add('divisor_of_a_mean', Model(lambda s,x: s.head(F.avg_pool2d(s.norm(x), x.shape[2:], divisor_override=256)[:,:,0,0]), norm=bn2(4), head=lin(4,3)),
+    add('divisor_of_a_mean', Fn(lambda s,x: s.head(F.avg_pool2d(s.norm(x), x.shape[2:], divisor_override=256)[:,:,0,0]), norm=bn2(4), head=lin(4,3)),
         image(2,4,16,16), image(2,4,21,23))
-    add('divisor_that_fits', Model(lambda s,x: s.conv(F.avg_pool2d(s.norm(x), 2, divisor_override=4)), norm=bn2(4), conv=conv(4,3,1)),
+    add('divisor_that_fits', Fn(lambda s,x: s.conv(F.avg_pool2d(s.norm(x), 2, divisor_override=4)), norm=bn2(4), conv=conv(4,3,1)),
         image(2,4,16,16), image(2,4,21,23))
-    add('pad_to_a_multiple', Model(padded, conv=conv(padding=1), norm=bn2(4), last=conv(4,2)), image(2,3,64,64), image(2,3,65,64), image(1,3,79,97))
-    add('pad_to_a_multiple_1d', Model(padded_1d, conv=nn.Conv1d(3,4,3,padding=1), norm=bn1(4), last=nn.Conv1d(4,2,3)), image(2,3,64), image(2,3,65), image(2,3,71))
-    add('pad_if_needed', Model(guarded, conv=conv(padding=1), norm=bn2(4), last=conv(4,2)), image(2,3,64,64), image(2,3,64,65))
-    add('pad_to_the_skip', Model(skip, conv=conv(padding=1), up=nn.ConvTranspose2d(4,4,2,2), norm=bn2(4), last=conv(8,2)),
+    add('pad_to_a_multiple', Fn(padded, conv=conv(padding=1), norm=bn2(4), last=conv(4,2)), image(2,3,64,64), image(2,3,65,64), image(1,3,79,97))
+    add('pad_to_a_multiple_1d', Fn(padded_1d, conv=nn.Conv1d(3,4,3,padding=1), norm=bn1(4), last=nn.Conv1d(4,2,3)), image(2,3,64), image(2,3,65), image(2,3,71))
+    add('pad_if_needed', Fn(guarded, conv=conv(padding=1), norm=bn2(4), last=conv(4,2)), image(2,3,64,64), image(2,3,64,65))
+    add('pad_to_the_skip', Fn(skip, conv=conv(padding=1), up=nn.ConvTranspose2d(4,4,2,2), norm=bn2(4), last=conv(8,2)),
         image(2,3,64,64), image(2,3,65,64), image(2,3,33,31))
-    add('gain_as_argument', Model(lambda s,x,gain: s.norm(s.conv(x)*gain), conv=conv(), norm=bn2(4)), (x,.5), (x,2.))
-    add('gain_for_each_domain', Model(lambda s,x,i: s.norm(s.conv(x)*s.gain[i]), conv=conv(), norm=bn2(4), gain=nn.Parameter(torch.tensor([.5,2.,3.]))),
+    add('gain_as_argument', Fn(lambda s,x,gain: s.norm(s.conv(x)*gain), conv=conv(), norm=bn2(4)), (x,.5), (x,2.))
+    add('gain_for_each_domain', Fn(lambda s,x,i: s.norm(s.conv(x)*s.gain[i]), conv=conv(), norm=bn2(4), gain=nn.Parameter(torch.tensor([.5,2.,3.]))),
         (x,0), (x,1), (x,2))
-    add('gain_as_length', Model(lambda s,x: s.norm(s.conv(x)/x.shape[-1]), conv=conv(padding=1), norm=bn2(4)), x, image(2,3,5,7))
-    add('domain', Model(lambda s,x,i: s.norms[i](s.conv(x)), conv=conv(), norms=norms(3)), (x,0), (x,1), (x,2))
-    add('domain_by_keyword', Model(lambda s,x,domain=0: s.norms[domain](s.conv(x)), conv=conv(), norms=norms(2)), dict(x=x), dict(x=x, domain=1))
-    add('domain_as_tensor', Model(lambda s,x,i: s.norms[i.item()](s.conv(x)), conv=conv(), norms=norms(2)), (x,torch.tensor(0)), (x,torch.tensor(1)))
-    add('truth_as_argument', Model(lambda s,x,on: s.norm(s.conv(x) if on else s.conv(x).relu()), conv=conv(), norm=bn2(4)), (x,True), (x,False))
-    add('relation_without_edges', Model(related, norm=bn1(4), near=lin(4,4), far=lin(4,4)),
+    add('gain_as_length', Fn(lambda s,x: s.norm(s.conv(x)/x.shape[-1]), conv=conv(padding=1), norm=bn2(4)), x, image(2,3,5,7))
+    add('domain', Fn(lambda s,x,i: s.norms[i](s.conv(x)), conv=conv(), norms=norms(3)), (x,0), (x,1), (x,2))
+    add('domain_by_keyword', Fn(lambda s,x,domain=0: s.norms[domain](s.conv(x)), conv=conv(), norms=norms(2)), dict(x=x), dict(x=x, domain=1))
+    add('domain_as_tensor', Fn(lambda s,x,i: s.norms[i.item()](s.conv(x)), conv=conv(), norms=norms(2)), (x,torch.tensor(0)), (x,torch.tensor(1)))
+    add('truth_as_argument', Fn(lambda s,x,on: s.norm(s.conv(x) if on else s.conv(x).relu()), conv=conv(), norm=bn2(4)), (x,True), (x,False))
+    add('relation_without_edges', Fn(related, norm=bn1(4), near=lin(4,4), far=lin(4,4)),
         (image(5,4),edges(6),edges(0)), (image(5,4),edges(6),edges(4)), (image(5,4),edges(0),edges(4)))
-    add('nothing_masked', Model(masked, conv=conv(padding=1), norm=bn2(4)), (y,torch.zeros(2,8,8)>0), (y,torch.rand(2,8,8)>.5))
-    add('top_1_router', Model(routed, conv=conv(padding=1), norm=bn2(4), gate=lin(3,4), experts=nn.ModuleList([conv(4,2,1) for _ in range(4)])), y, *loud(y))
-    add('early_exit', Model(early, conv=conv(padding=1), norm=bn2(4), norm2=bn1(4), head=lin(4,3), conv2=conv(4,4), norm3=bn2(4), head2=lin(4,3)),
+    add('nothing_masked', Fn(masked, conv=conv(padding=1), norm=bn2(4)), (y,torch.zeros(2,8,8)>0), (y,torch.rand(2,8,8)>.5))
+    add('top_1_router', Fn(routed, conv=conv(padding=1), norm=bn2(4), gate=lin(3,4), experts=nn.ModuleList([conv(4,2,1) for _ in range(4)])), y, *loud(y))
+    add('early_exit', Fn(early, conv=conv(padding=1), norm=bn2(4), norm2=bn1(4), head=lin(4,3), conv2=conv(4,4), norm3=bn2(4), head2=lin(4,3)),
         y[:1]*.1, *loud(y[:1]))
-    add('short_batch', Model(lambda s,x: s.conv(x) if len(x)>4 else s.norm(s.conv(x)), conv=conv(padding=1), norm=bn2(4)), y, image(6,3,8,8))
-    add('odd_width', Model(lambda s,x: s.norm(s.conv(x)) if x.shape[3]%2==0 else s.conv(x), conv=conv(padding=1), norm=bn2(4)), y, image(2,3,8,9))
-    add('wide', Model(lambda s,x: s.norm(s.conv(x)) if x.shape[3]<=300 else s.conv(x), conv=conv(padding=1), norm=bn2(4)),
+    add('short_batch', Fn(lambda s,x: s.conv(x) if len(x)>4 else s.norm(s.conv(x)), conv=conv(padding=1), norm=bn2(4)), y, image(6,3,8,8))
+    add('odd_width', Fn(lambda s,x: s.norm(s.conv(x)) if x.shape[3]%2==0 else s.conv(x), conv=conv(padding=1), norm=bn2(4)), y, image(2,3,8,9))
+    add('wide', Fn(lambda s,x: s.norm(s.conv(x)) if x.shape[3]<=300 else s.conv(x), conv=conv(padding=1), norm=bn2(4)),
         image(2,3,64,64), image(1,3,64,301))
-    add('sign_of_the_mean', Model(lambda s,x: s.norm(s.conv(x)) if x.mean()>0 else s.conv(x), conv=conv(padding=1), norm=bn2(4)), y.abs(), -y.abs())
-    add('loudness', Model(lambda s,x: s.norm(s.conv(x)) if x.std()<2.5 else s.conv(x), conv=conv(padding=1), norm=bn2(4)), y, y*4)
+    add('sign_of_the_mean', Fn(lambda s,x: s.norm(s.conv(x)) if x.mean()>0 else s.conv(x), conv=conv(padding=1), norm=bn2(4)), y.abs(), -y.abs())
+    add('loudness', Fn(lambda s,x: s.norm(s.conv(x)) if x.std()<2.5 else s.conv(x), conv=conv(padding=1), norm=bn2(4)), y, y*4)
     return res
 
 by_data = {'nothing_masked','short_batch','odd_width','wide','sign_of_the_mean','loudness','truth_as_argument','pad_if_needed'} # what only a run can show
@@ -145,18 +137,18 @@ def covers(model, sample, **kw):
     folder.fold(randomize_norms(model), sample, **kw)
     return ' '.join(folder.result.covers)
 
-def simple(): return Model(lambda s,x: s.norm(s.conv(x)), conv=conv(padding=1), norm=nn.BatchNorm2d(4))
+def simple(): return Fn(lambda s,x: s.norm(s.conv(x)), conv=conv(padding=1), norm=nn.BatchNorm2d(4))
 
 def test_what_was_covered_is_said():
     text = covers(simple(), image(2,3,64,64))
     assert text=='Proved on inputs of (2,3,64,64) and (1,3,79,97). It reads no data.'
     def f(s, x): return s.last(s.norm(s.conv(F.pad(x, (0,1)) if x.shape[3]%2 else x)))
-    text = covers(Model(f, conv=conv(padding=1), norm=nn.BatchNorm2d(4), last=conv(4,2)), image(2,3,64,64))
+    text = covers(Fn(f, conv=conv(padding=1), norm=nn.BatchNorm2d(4), last=conv(4,2)), image(2,3,64,64))
     assert 'at 1 place (`(shape[3] % 2) != 0`, test_inputs.py:' in text and 'both answers were run' in text
 
 def test_what_was_not_covered_is_said():
     def far(s, x): return s.norm(s.conv(x)) if x.shape[3]<=10**5 else s.conv(x)
-    text = covers(Model(far, conv=conv(padding=1), norm=nn.BatchNorm2d(4)), image(2,3,64,64))
+    text = covers(Fn(far, conv=conv(padding=1), norm=nn.BatchNorm2d(4)), image(2,3,64,64))
     assert 'No size up to 512 turns `shape[3] <= 100000`, test_inputs.py:' in text
     class Optional(nn.Sequential):
         def forward(self, x, mask=None): return super().forward(x if mask is None else x*mask)
@@ -164,9 +156,9 @@ def test_what_was_not_covered_is_said():
 
 def test_data_that_is_read_is_said():
     def f(s, x): return s.norm(s.conv(x))*(1 if x.mean().item()<9 else 1)
-    text = covers(Model(f, conv=conv(padding=1), norm=nn.BatchNorm2d(4), last=conv(4,4)), image(2,3,8,8))
+    text = covers(Fn(f, conv=conv(padding=1), norm=nn.BatchNorm2d(4), last=conv(4,4)), image(2,3,8,8))
     assert text==''  # `last` did not run, so nothing folds
-    text = covers(Model(f, conv=conv(padding=1), norm=nn.BatchNorm2d(4)), image(2,3,8,8))
+    text = covers(Fn(f, conv=conv(padding=1), norm=nn.BatchNorm2d(4)), image(2,3,8,8))
     assert 'The code reads data (`item`, test_inputs.py:' in text and 'with 8 further inputs it took' in text
 
 def test_a_model_that_takes_one_size_only():

@@ -16,14 +16,6 @@ from helpers import *
 
 def double(*shape): return torch.randn(*shape, dtype=torch.float64)
 
-class Fn(nn.Module):
-    "The modules in `mods`, called by `f(self, *inputs)`."
-    def __init__(self, f, **mods):
-        super().__init__()
-        for k,m in mods.items(): setattr(self, k, m)
-        self.f = f
-    def forward(self, *xs): return self.f(self, *xs)
-
 class Scale(nn.Module):
     "A constant per channel, as in LayerScale."
     def __init__(self, n):

@@ -7,14 +7,6 @@ from fasterfold.trace import trace
 from helpers import *
 from reasons import check_reason
 
-class Fn(nn.Module):
-    "The modules in `mods`, called by `f(self, *inputs)`."
-    def __init__(self, f, **mods):
-        super().__init__()
-        for k,m in mods.items(): setattr(self, k, m)
-        self.f = f
-    def forward(self, *xs): return self.f(self, *xs)
-
 def conv(i=3, o=4): return nn.Conv2d(i, o, 3, padding=1)
 def norm(n=4): return nn.BatchNorm2d(n)
 def image(): return torch.randn(2, 3, 6, 5)
