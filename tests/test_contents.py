@@ -293,6 +293,13 @@ def test_batchnorm_called_in_a_way_of_its_own(kind):
     f,call,why = CALLS[kind]
     stays_right(lambda: Fn(lambda m,x: m.last(call(m.norm, m.conv(x))), conv=conv(), norm=derived(f), last=conv(4, 2)), 0, why)
 
+def writes_back():
+    "Does this release write an `InstanceNorm2d`'s statistics in eval mode, too (as PyTorch 2.6)? Then a second call reads others than the first."
+    m = nn.InstanceNorm2d(1, track_running_stats=True).eval()
+    before = m.running_mean._version
+    m(torch.ones(1, 1, 2, 2))
+    return m.running_mean._version!=before
+
 @pytest.mark.parametrize('kind', ['adds','scales','twice','ignores'])
 @pytest.mark.parametrize('base', [nn.LayerNorm,nn.GroupNorm,nn.InstanceNorm2d,'running'])
 def test_other_norms_with_a_forward_of_their_own(base, kind):
@@ -303,7 +310,7 @@ def test_other_norms_with_a_forward_of_their_own(base, kind):
     x = image()
     folded = len(BN_Folder().plan(made(make), x).folded)
     stays_right(make, folded, x=x, tol=1e-5)
-    if base=='running': assert folded==2-(kind=='ignores')
+    if base=='running': assert folded==(0 if kind=='twice' and writes_back() else 2-(kind=='ignores'))
 
 def test_norm_of_constants():
     "It is in the plan."
