@@ -358,7 +358,9 @@ def _may_go(planner, name, calls, maps):
     for v in sorted({v for c in calls for v in c.leaves()}, key=lambda v: v.names):
         if len(v.names)!=len(graph.modules[m]): continue # tied: it remains elsewhere
         for o in v.users:
-            if o not in inside: raise Blocked(f"its `{v.names[0].rpartition('.')[-1]}` is also read by {o.label}")
+            if o in inside: continue
+            if o.call is not None and o.call.module is m: raise Blocked("it is no norm each time it runs")
+            raise Blocked(f"its `{v.names[0].rpartition('.')[-1]}` is also read by {o.label}")
 
 # %% ../nbs/06_plan.ipynb #82b820db
 WAYS = [('back',Planner.back,0), ('back',Planner.back,-1), ('forward',Planner.forward,0), ('forward',Planner.forward,-1),

@@ -29,7 +29,8 @@ class Around:
     def rep(self, v):
         while v in self.root: v = self.root[v]
         return v
-    def users(self, v): return [o for m in (v,*self.members.get(v, ())) for o in m.users if o not in self.gone]
+    def same(self, v): return v,*self.members.get(v, ())
+    def users(self, v): return [o for m in self.same(v) for o in m.users if o not in self.gone]
     @cached_property
     def norms(self): return [n for n in map(norm_call, self.calls) if n is not None]
     @cached_property
@@ -45,20 +46,20 @@ class Around:
         while todo:
             v = self.rep(todo.pop())
             if v in seen: continue
-            seen.add(v)
+            seen.update(self.same(v))
             if v.op is not None: todo += [u for u in v.op.inputs if u.const or u.kind=='outside' or passes(v.op)]
         return seen
     @cached_property
     def back(self):
         values = self.made_from([n.x for n in self.norms], lambda o: o.name in PULL and not any(k in o.name for k in ('convolution','embedding','norm')))
-        return Side(values, {v.op for v in values}-{None})
+        return Side(values, {v.op for v in values}-{None}-self.gone)
     @cached_property
     def forward(self):
         values,ops,todo = set(),set(),[n.y for n in self.norms]
         while todo:
             v = self.rep(todo.pop())
             if v in values: continue
-            values.add(v)
+            values.update(self.same(v))
             for o in self.users(v):
                 ops.add(o)
                 if o.name in PUSH and 'batch_norm' not in o.name and (o.name!='convolution' or o.args.bias is None):
@@ -95,7 +96,7 @@ OPS = { # what a reason says of an operation `#`: what must hold of the operatio
     "# adds values that are scaled differently": lambda o,n: o.name in ('add','sub','rsub') and len(o.inputs)==2,
     "# adds values that the map would change": named('constant_pad'),
     "# adds (?:it to something else|something to it)|# collects a part of it": named('scatter','index_add'),
-    "# cannot scale each position differently": named('convolution','mm','norm','embedding'),
+    "# cannot scale each position differently": named('convolution','mm','norm','embedding','unfold'),
     "# cannot take it up": named('batch_norm'),
     "# computes a weight": lambda o,n: o.out.const,
     "# copies it, and the copies differ": lambda o,n: 'index' in o.name or any(prod(v.shape)<prod(o.out.shape) for v in o.inputs),
@@ -153,6 +154,7 @@ FORMS = { # all other reasons: what must hold of the `Around` and the `Side`
     "`([^`]+)` shares its memory with `([^`]+)`": lambda n,s,w,u: leaf(n, w) is not leaf(n, u) and lent(n, s, w).store==leaf(n, u).store,
     "`([^`]+)` is part of TorchScript, of which nothing is edited": lambda n,s,w: isinstance(owner(n, w), jit.ScriptModule),
     "`([^`]+)` is tied to `([^`]+)`, which did not run on the sample": lambda n,s,w,u: lent(n, s, w) is leaf(n, u) and not runs(n, u.rpartition('.')[0]),
+    "it is no norm each time it runs": lambda n,s: len(n.norms)<len(n.calls) or any(a is None for a in n.maps),
     "its `([^`]+)` is also read by #": lambda n,s,k,l: reads(n, [v for v in n.graph.leaves if v.names[0].rpartition('.')[2]==k and n.own&{*v.users}], l),
     r"a hook \((.+)\) watches it": lambda n,s,h: h in user_hooks(n.module),
     "(?:`([^`]+)`|the model) asks for its `([^`]+)`": lambda n,s,*o: o[-1] in n.graph.asked.get(n.module, ()) and (len(o)==1 or runs(n, o[0])),
@@ -172,7 +174,7 @@ FORMS = { # all other reasons: what must hold of the `Around` and the `Side`
     "`([^`]+)` is complex": lambda n,s,w: any(v.dtype.is_complex and v.name==w for v in s.values),
     r"`([^`]+)` is not saved in the state_dict \(`persistent=False`\)": lambda n,s,w: lent(n, s, w) and w not in n.calls[0].module.state_dict(),
     r"`batch_norm` is called as a function in `(\w+).forward`, which cannot be edited": lambda n,s,t: t in {type(c.module).__name__ for c in n.calls},
-    r"it normalizes with statistics of its input, which change with it(?: \(.+\)|, in eval mode, too)?": lambda n,s: any(own_statistics(o) for o in norm_ops(n)),
+    r"it normalizes with statistics of its input, which change with it(?: \(.+\)|, in eval mode, too)?": lambda n,s: any(map(own_statistics, norm_ops(n))),
     r"`([^`]+)` would overflow (\w+)": lambda n,s,w,dtype: str(leaf(n, w).dtype)==f'torch.{dtype}',
     r"failed verification: (?:the folded model does not run \(.+\)|rounding would put it \S+ off, and the original is \S+ off)": lambda n,s: True,
     rf"{_same}(?: on inputs of [^`]+)?": lambda n,s: True,

@@ -19,17 +19,27 @@ class Trained(nn.BatchNorm2d):
     "Has statistics, and does not use them."
     def forward(self, x): return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, 0.)
 
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(4, 1, 1)+.5)
+    def forward(self, x): return x*self.gamma
+
 def positions(m, x): return m.norm(F.max_pool2d(m.conv(x), 2, return_indices=True)[1].float())
 def sampled(m, x): return F.grid_sample(x, m.norm(x[:,:2].tanh()).permute(0, 2, 3, 1), align_corners=False)
+def own_product(m, x): return torch.addmm(y:=m.norm(x.tanh()), y, m.w)
 def halves(m, x): return m.norm(torch.cat([(y:=m.conv(x)).flip(2), y.flip(3)], 1))
 def plain_weight(m, x): return m.norm(F.conv2d(x, *m.plain)).relu()
 
 CASES = { # what is told: (model, input, the norm, its reason)
     'input by keyword': (Fn(lambda m,x: m.norm(input=m.conv(x)), conv=conv(), norm=norm()), image, 'norm', 'it is not called with one tensor, by position'),
-    'weight from the input': (Fn(lambda m,x: m.act(m.conv(x)), conv=conv(), act=Fn(conditional, b=norm())), image, 'act', 'its `weight` is not known to be the same for every input'),
-    'no statistics': (nn.Sequential(conv(), Drawn(4)), image, '1', 'it normalizes with statistics of its input, which change with it (as with `track_running_stats=False`)'),
+    'weight from the input': (Fn(lambda m,x: m.act(m.conv(x)), conv=conv(), act=Fn(conditional, b=norm())), image, 'act',
+        'its `weight` is not known to be the same for every input'),
+    'no statistics': (nn.Sequential(conv(), Drawn(4)), image, '1',
+        'it normalizes with statistics of its input, which change with it (as with `track_running_stats=False`)'),
     'unused statistics': (nn.Sequential(conv(), Trained(4)), image, '1', 'it normalizes with statistics of its input, which change with it'),
-    'reader of what lies before': (Fn(lambda m,x: m.norm((y:=m.conv(x)).flip(3))+y, conv=conv(), norm=norm()), image, 'norm', 'what `conv` (Conv2d) makes also feeds `add` in `the model`, and …'),
+    'reader of what lies before': (Fn(lambda m,x: m.norm((y:=m.conv(x)).flip(3))+y, conv=conv(), norm=norm()), image, 'norm',
+        'what `conv` (Conv2d) makes also feeds `add` in `the model`, and …'),
     'one norm, one weight twice': (Fn(lambda m,x: m.norm(torch.cat([m.conv(x), m.conv(2*x)], 1)), conv=conv(), norm=norm(8)), image, 'norm',
         '`conv.weight` is used more than once, and different maps are wanted of it, and …'),
     'one value twice': (Fn(halves, conv=conv(), norm=norm(8)), image, 'norm', 'different maps are wanted of what `conv` (Conv2d) makes, and …'),
@@ -37,12 +47,20 @@ CASES = { # what is told: (model, input, the norm, its reason)
     'grid': (Fn(sampled, norm=norm(2)), image, 'norm', '…, and `grid_sampler_2d` in `the model` takes it as `grid`'),
     'added to a product': (Fn(lambda m,x: torch.addmm(m.norm(x.tanh()), x, x), norm=nn.BatchNorm1d(3)), lambda: torch.randn(3, 3), 'norm',
         '…, and it is added to something else in `addmm` in `the model`'),
-    'added to its own product': (Fn(lambda m,x: torch.addmm(y:=m.norm(x.tanh()), y, m.w), norm=nn.BatchNorm1d(3), w=nn.Parameter(torch.randn(3, 3))), lambda: torch.randn(3, 3),
-        'norm', '…, and it is added to something else in `addmm` in `the model`'),
-    'added and multiplied': (Fn(lambda m,x: m.norm(torch.addcmul(y:=m.conv(x), y, m.b(x))), conv=conv(), b=conv(), norm=norm()), image, 'norm', '`addcmul` in `the model` reads it twice, and …'),
+    'added to its own product': (Fn(own_product, norm=nn.BatchNorm1d(3), w=nn.Parameter(torch.randn(3, 3))), lambda: torch.randn(3, 3), 'norm',
+        '…, and it is added to something else in `addmm` in `the model`'),
+    'added and multiplied': (Fn(lambda m,x: m.norm(torch.addcmul(y:=m.conv(x), y, m.b(x))), conv=conv(), b=conv(), norm=norm()), image, 'norm',
+        '`addcmul` in `the model` reads it twice, and …'),
     'returned weight': (Fn(lambda m,x: (m.norm(m.conv(x)), m.conv.weight), conv=conv(), norm=norm()), image, 'norm', 'the model returns `conv.weight`, and …'),
-    'computed weight': (Fn(lambda m,x: F.conv2d(m.norm(x.tanh()), m.c.weight.sigmoid(), m.c.bias), c=conv(), norm=norm(3)), image, 'norm', '…, and `sigmoid` in `the model` computes a weight'),
-    'plain tensor': (Fn(plain_weight, plain=[torch.randn(4, 3, 1, 1), torch.randn(4)], norm=norm()), image, 'norm', '`convolution` in `the model` reads a tensor that is no lasting part of the model, and …')}
+    'computed weight': (Fn(lambda m,x: F.conv2d(m.norm(x.tanh()), m.c.weight.sigmoid(), m.c.bias), c=conv(), norm=norm(3)), image, 'norm',
+        '…, and `sigmoid` in `the model` computes a weight'),
+    'followed by batch statistics': (nn.Sequential(nn.Sigmoid(), norm(3), nn.BatchNorm2d(3, track_running_stats=False)), image, '1',
+        'it comes after `0` (Sigmoid), and `2` (BatchNorm2d) cannot take it up'),
+    'no norm each time': (Fn(lambda m,x: m.scale(m.conv(x))+m.scale(x[:,:1]), conv=conv(), scale=Scale()), image, 'scale', 'it is no norm each time it runs'),
+    'one window': (Fn(lambda m,x: m.norm(m.conv(x).unfold(1, 4, 1)[:,0].permute(0, 3, 1, 2)), conv=conv(), norm=norm()), image, 'norm',
+        '`unfold` in `the model` cannot scale each position differently, and …'),
+    'plain tensor': (Fn(plain_weight, plain=[torch.randn(4, 3, 1, 1), torch.randn(4)], norm=norm()), image, 'norm',
+        '`convolution` in `the model` reads a tensor that is no lasting part of the model, and …')}
 
 @pytest.mark.parametrize('name', CASES)
 def test_reason(name):
@@ -71,7 +89,8 @@ FALSE = dict(other_layer='its input also feeds `three` (Conv2d), and `relu` in `
     wrong_side='`relu` in `the model` does not let a shift pass, and its input also feeds `add` in `the model`',
     wrong_claim='its input also feeds `add` in `the model`, and it is followed by `relu` in `the model`',
     behind_weights='its input also feeds `add` in `the model`, and the model returns what lies in between',
-    no_such_hook='a hook (see) watches it', ran='it did not run on the sample', straight="it comes straight from the model's input, and `relu` in `the model` does not let a shift pass",
+    no_such_hook='a hook (see) watches it', ran='it did not run on the sample',
+    straight="it comes straight from the model's input, and `relu` in `the model` does not let a shift pass",
     weight_used_once='`conv.weight` is also used by `conv` (Conv2d), and `relu` in `the model` does not let a shift pass', unknown='it would rather stay')
 
 @pytest.mark.parametrize('name', FALSE)

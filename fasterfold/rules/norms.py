@@ -8,7 +8,7 @@ __all__ = ['BATCH_NORMS', 'bn_affine']
 # %% ../../nbs/rules/06_norms.ipynb #7cfe3e2b
 from ..affine import Affine, norm_affine
 from ..trace import Op
-from .core import Context, constant, first, fixed, need, pull, push
+from .core import Blocked, Context, constant, first, fixed, need, pull, push
 
 # %% ../../nbs/rules/06_norms.ipynb #c59f2512
 BATCH_NORMS = ('native_batch_norm','cudnn_batch_norm','miopen_batch_norm','_native_batch_norm_legit_no_training','_native_batch_norm_legit','_batch_norm_no_update')
@@ -46,9 +46,10 @@ def bn_affine(
 @push(*BATCH_NORMS)
 def _(op, carried, ctx):
     x,w,b = first(op),op.args.weight,op.args.bias
-    a,own = carried[x],bn_affine(op, ctx)
-    st = a.along(1, x.shape[1])
-    need(st is not None and w is not None and b is not None, f"{op.label} cannot take it up")
+    st,why = carried[x].along(1, x.shape[1]),f"{op.label} cannot take it up"
+    try: own = bn_affine(op, ctx)
+    except Blocked: raise Blocked(why)
+    need(st is not None and w is not None and b is not None, why)
     s,t = st
     scale,mean = own.along(1, x.shape[1])[0],ctx.read(op.args.running_mean)
     return [], [(w, Affine.scaling(s.clone())), (b, Affine.of(1, 0, None, scale*(s*mean+t-mean)))]

@@ -108,7 +108,7 @@ def _(op, carried, ctx):
 @pull('unfold')
 def _(op, out, a, ctx):
     v,d = op.args.self,op.args.dimension
-    need(a.constant(d%max(v.rank, 1), -1), f"{op.label} copies it, and the copies differ")
+    need(a.constant(d%max(v.rank, 1), -1), f"{op.label} cannot scale each position differently")
     return [(v, a.map(lambda t: t[...,0]))]
 
 @push('unfold')
