@@ -8,6 +8,7 @@ __all__ = ['Proof', 'distance', 'run', 'to_double', 'run_as', 'largest', 'eps_of
 # %% ../nbs/09_proof.ipynb #3eb887c1
 import torch
 from dataclasses import dataclass
+from functools import partial
 from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
@@ -138,6 +139,19 @@ def compare_runs(
     return Proof(d, largest(outs, refs), ok=eps<1e-5 and d<=max(1e-10, min(100*eps, 1e-5)))
 
 # %% ../nbs/09_proof.ipynb #1d7e79f4
+def _each(outs, refs):
+    if len(outs)!=len(refs): return [float('inf')]*max(len(refs), 1)
+    return [distance([a], [b]) for a,b in zip(outs, refs)] or [0.]
+
+def _saturated(refs, exact, ts):
+    "`ts` in float64: what is beyond the dtype of `refs` as its largest number, and the exact one where `refs` are none."
+    def one(t, r, e):
+        if not r.is_floating_point() or not t.shape==r.shape==e.shape: return t
+        most = torch.finfo(r.dtype).max
+        t,r,e = wide(t),wide(r),wide(e)
+        return torch.where(e.isfinite(), torch.where(r.isnan(), e, t).clamp(-most, most), t)
+    return [one(*o) for o in zip(ts, refs, exact)] if len(ts)==len(refs)==len(exact) else ts
+
 def prove(
     outs:list, # What the folded model returned
     refs:list, # What the original returned
@@ -149,12 +163,12 @@ def prove(
     draws=(), # What the original returns for samples that are off by rounding, one after the other: read while in doubt
 )->Proof: # With all distances
     "The full check, against a float64 run of the original. Not `ok` if the original returns something else when it runs again."
-    own,near,struct = distance(refs, exact),distance(outs, exact),distance(folded, exact)
-    rounding,unit = (own,eps) if single is None else (distance(single, exact),torch.finfo(torch.float32).eps)
-    growth = max(rounding/unit, 1) if rounding<float('inf') else 1
-    tol = max(1e-10, 1e3*torch.finfo(torch.float64).eps*growth)
-    def close(): return near<=max(tol, 10*own+10*eps)
-    draws = iter(draws)
-    while struct<=tol and not close() and (o := next(draws, None)) is not None: own = max(own, distance(o, exact))
-    ok = struct<=tol and close() and distance(again, refs)<=10*eps
-    return Proof(distance(outs, refs), largest(outs, refs), own, near, struct, ok)
+    seen = partial(_saturated, refs, exact)
+    own,near,struct = _each(seen(refs), seen(exact)),_each(seen(outs), seen(exact)),_each(folded, exact)
+    roundings,unit = (own,eps) if single is None else (_each(single, exact),torch.finfo(torch.float32).eps)
+    tols = [max(1e-10, 1e3*torch.finfo(torch.float64).eps*max(r/unit, 1)) if r<float('inf') else 1e-10 for r in roundings]
+    def right(): return [s<=t and n<=max(t, 10*o+10*eps) for s,t,n,o in zip(struct, tols, near, own)]
+    draws = iter(draws) if all(s<=t for s,t in zip(struct, tols)) else iter(())
+    while not all(oks := right()) and (o := next(draws, None)) is not None: own = [*map(max, own, _each(seen(o), seen(exact)))]
+    i = max(range(len(oks)), key=lambda i: (not oks[i], near[i])) # the one that tells most
+    return Proof(distance(outs, refs), largest(outs, refs), own[i], near[i], struct[i], all(oks) and distance(again, refs)<=10*eps)

@@ -18,7 +18,7 @@ from timeit import default_timer
 from types import CellType, FunctionType, MethodType, ModuleType
 from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 # %% ../nbs/01_state.ipynb #23844163
 class FoldError(Exception):
@@ -346,6 +346,12 @@ _spread = tuple(f'torch.distributed.{o}' for o in ('fsdp','_composable.fsdp','te
 
 _prepared = tuple(f'torch.ao.{o}' for o in ('quantization.observer','quantization.fake_quantize','nn.qat','nn.intrinsic.qat'))
 
+def _is_rounded(t):
+    "Is `t` quantized, or does it hold what it stands for in bytes, as torchao's tensors do?"
+    if t.is_quantized or type(t).__module__.startswith('torchao.'): return True
+    inner = [getattr(t, k) for k in t.__tensor_flatten__()[0]] if is_traceable_wrapper_subclass(t) else []
+    return any(_is_rounded(o) or o.dtype.itemsize==1 for o in inner)
+
 _refused = [ # (what is refused, what to say); in this order, since a layer without memory cannot be asked more
     (lambda m,ts: any(c.__module__.startswith(_spread) for o in (m,*ts) for c in type(o).__mro__),
         "is spread over several processes (`fully_shard`, FSDP, DTensor), and a fold needs its weights whole. Gather them first: load what "
@@ -355,8 +361,10 @@ _refused = [ # (what is refused, what to say); in this order, since a layer with
         "is not initialised yet. Run the model once on real data, then fold."),
     (lambda m,ts: any(t.is_meta for t in ts),
         "is on the meta device and has no weights. Load its weights on a real device, then fold."),
-    (lambda m,ts: 'quantized' in type(m).__module__.split('.') or any(t.is_quantized for t in ts),
+    (lambda m,ts: 'quantized' in type(m).__module__.split('.') or any(map(_is_rounded, ts)),
         "is quantized, and its weights are rounded already. Fold the float model, then quantize it."),
+    (lambda m,ts: any(type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not t.is_nested for t in ts),
+        "keeps its weights in tensors of a class of its own, whose numbers cannot be edited. Fold the model with plain tensors, then convert them."),
     (lambda m,ts: isinstance(m, torch.fx.GraphModule) and 'train' in vars(m),
         "is an exported graph, which has no layers and no other mode. Fold the model that it was exported from, then export that one."),
     (lambda m,ts: type(m).__module__.startswith(_prepared),
@@ -409,7 +417,7 @@ def copy_model(
         try: res = _copied(model, memo.copy())
         except RuntimeError: # a tensor that `deepcopy` refuses
             with Detached(): res = _copied(model, memo)
-    except TypeError as e: raise FoldError(f"The model cannot be copied ({e}). Fold it in place, with `inplace=True`, or take that out of it first.") from e
+    except (TypeError,RuntimeError) as e: raise FoldError(f"The model cannot be copied ({e}). Fold it in place, with `inplace=True`, or take that out of it first.") from e
     ours = {*model.modules()}
     for name,m in res.named_modules():
         if k := next((k for k,o in held_by(m) if o in ours), None):

@@ -12,7 +12,7 @@ from functools import partial
 from torch import nn
 from .edit import by_name
 from .proof import compare_runs, distance, eps_of
-from .sample import tensors_of
+from .sample import returned
 from .state import Structure, preserved
 from .trace import Graph, user_hooks
 
@@ -95,7 +95,7 @@ def _watched(model, samples, seqs):
     "Run `model` on all `samples`; what it returns, and for each of `seqs` the notes."
     outs,notes = [],[]
     for s in samples:
-        with preserved(model, call := partial(s.call, model)), _noted(seqs) as o: outs.append(tensors_of(call()))
+        with preserved(model, call := partial(s.call, model)), _noted(seqs) as o: outs.append(returned(call())[0])
         notes.append(o)
     return outs,list(zip(*notes))
 

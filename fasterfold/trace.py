@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 from fastcore.basics import AttrDict, patch
 from .guards import Watch
-from .sample import Sample, tensors_of
+from .sample import Sample, returned, tensors_of
 from .state import Dispatch, FoldError, growing, passing, preserved
 
 # %% ../nbs/04_trace.ipynb #35421d42
@@ -106,6 +106,7 @@ class Graph:
     outputs:list = field(default_factory=list) # Values the model returned
     leaves:list = field(default_factory=list) # Parameters, buffers, and absent parameters
     results:list = field(default_factory=list) # The returned tensors themselves
+    hidden:list = field(default_factory=list) # Kinds of returned objects that hold others which cannot be seen
     modules:dict = field(default_factory=dict) # Module to its qualified names
     watch:Watch = None # What the model's code asked; None if it could not be watched
     idle:dict = field(default_factory=dict) # Name of each layer with weights of its own that took no part to the module, by name, that would run it
@@ -418,7 +419,7 @@ def _in_wholes(model, sample, watch):
     "What `model` returns where nothing is run in parts, watched as it was."
     args,kwargs = sample.copied()
     if watch is not None: args,kwargs = watch.numbers((args,kwargs))
-    with preserved(model, partial(sample.call, model)), watch or nullcontext(): return tensors_of(model(*args, **kwargs))
+    with preserved(model, partial(sample.call, model)), watch or nullcontext(): return returned(model(*args, **kwargs))[0]
 
 # %% ../nbs/04_trace.ipynb #9478a644
 def _record(model, sample, watched):
@@ -435,7 +436,7 @@ def _record(model, sample, watched):
         except Exception as e:
             what = f"The model does not run on the sample (shapes {sample}): {type(e).__name__}: {e}\n"
             raise FoldError(what + "Pass what it takes as `sample=`: a tuple for several arguments, a dict for keyword arguments.") from e
-        graph.results = tensors_of(out)
+        graph.results,graph.hidden = returned(out)
         graph.outputs = [tracer.value(t) for t in graph.results]
         for v in graph.outputs: v.is_output = True
         for v in tracer.outliving(): v.hooks.append('what outlives the forward pass')
@@ -475,4 +476,5 @@ def glance(
         with Watch(lambda t: isinstance(t, nn.Parameter) or id(t) in own) as watch:
             args,kwargs = watch.numbers((args,kwargs))
             out = model(*args, **kwargs)
-        return Graph(results=tensors_of(out), watch=watch)
+        results,hidden = returned(out)
+        return Graph(results=results, hidden=hidden, watch=watch)

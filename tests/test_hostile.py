@@ -1,11 +1,18 @@
 "Models that do more than compute: the fold is right or refused, and the original and all else are as they were."
 import threading
-from collections import OrderedDict
-import pytest, torch, torch.nn.functional as F
+from collections import OrderedDict,UserList,deque
+from collections.abc import Mapping,Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType,SimpleNamespace
+from typing import NamedTuple
+import numpy as np, pytest, torch, torch.nn.functional as F
 import torch.ao.quantization as quantization
+from pandas import DataFrame
 from torch import nn
 from fasterfold.fold import BN_Folder
 from fasterfold.proof import distance, run
+from fasterfold.rules import PULL
 from fasterfold.state import FoldError
 from helpers import *
 
@@ -249,6 +256,32 @@ def test_model_made_in_inference_mode(given, inplace):
 # ---- Outputs
 
 class Named(OrderedDict): pass
+class Pair(NamedTuple):
+    first: object
+    second: object
+@dataclass
+class Plain: a:object
+@dataclass
+class Slotted:
+    __slots__ = 'a',
+    a:object
+class Hidden(Slotted):
+    __slots__ = '__b',
+    def __init__(self, b): self.__b = b
+class OwnMapping(Mapping):
+    __slots__ = 'a',
+    def __init__(self, a): self.a = {'a':a}
+    def __getitem__(self, k): return self.a[k]
+    def __iter__(self): return iter(self.a)
+    def __len__(self): return len(self.a)
+class OwnSequence(Sequence):
+    __slots__ = 'a',
+    def __init__(self, a): self.a = [a]
+    def __getitem__(self, i): return self.a[i]
+    def __len__(self): return 1
+def with_attribute(o, y):
+    o.y = y
+    return o
 class Returns(nn.Sequential):
     def __init__(self, f):
         super().__init__(conv(), nn.BatchNorm2d(4))
@@ -256,13 +289,63 @@ class Returns(nn.Sequential):
     def forward(self, x): return self.f(super().forward(x))
 
 OUTPUTS = {'own dict':lambda y: Named(a=y), 'nested':lambda y: Named(a=[Named(b=y.numpy())]), 'array':lambda y: y.numpy(),
-    'arrays':lambda y: {'a':(y.numpy(),)}, 'reversed':lambda y: y.numpy()[:,::-1], 'complex':lambda y: torch.complex(y, 2*y)}
+    'arrays':lambda y: {'a':(y.numpy(),)}, 'reversed':lambda y: y.numpy()[:,::-1], 'complex':lambda y: torch.complex(y, 2*y),
+    'dataclass':Plain, 'slots':Slotted, 'private slots':Hidden, 'named tuple':lambda y: Pair(y, 1), 'own mapping':OwnMapping, 'own sequence':OwnSequence,
+    'dict with attributes':lambda y: with_attribute(Named(k=1), y), 'list with attributes':lambda y: with_attribute(UserList([1]), y),
+    'tensor with attributes':lambda y: with_attribute(torch.zeros(2), y), 'namespace':lambda y: SimpleNamespace(a=y), 'queue':lambda y: deque([y]),
+    'views':lambda y: {'a':y}.values(), 'one in a set':lambda y: {y}, 'proxy':lambda y: MappingProxyType({'a':y}), 'objects':lambda y: np.array([y,None], dtype=object),
+    'float':lambda y: y.mean().item(), 'floats':lambda y: {'a':y.numpy().ravel().tolist()}, 'scalar':lambda y: [*y.numpy()[0,0,0]],
+    'complex number':lambda y: complex(y.mean(), 1), 'frame':lambda y: DataFrame(y[0,0].numpy()), 'sparse':lambda y: y.to_sparse(),
+    'rows':lambda y: y[0,0].to_sparse_csr(), 'nested tensor':lambda y: torch.nested.nested_tensor(list(y)), 'function':lambda y: lambda: y,
+    'partial':lambda y: partial(print, y), 'distribution':lambda y: torch.distributions.Normal(y, 1.), 'packed':lambda y: nn.utils.rnn.pack_sequence([*y[:,0]])}
 @pytest.mark.parametrize('kind', OUTPUTS)
 def test_outputs_of_every_kind(kind):
     net,x,folder = made(lambda: Returns(OUTPUTS[kind])),image(),BN_Folder()
     new = folder.fold(net, x)
     assert folder.result.summary=='1 of 1 norms fold' and folder.result.proof.ok
     assert 0<distance(run(new, x), run(net, x))<1e-6
+
+@pytest.mark.parametrize('kind', OUTPUTS)
+def test_wrong_outputs_of_every_kind(kind, monkeypatch):
+    "A rule that forgets the bias is found out, whatever the outputs are in, and where another output does not show it."
+    right = PULL['convolution']
+    monkeypatch.setitem(PULL, 'convolution', lambda *args: right(*args)[:1])
+    for f in (OUTPUTS[kind],lambda y: (torch.ones(2),OUTPUTS[kind](y))):
+        folder = BN_Folder()
+        folder.fold(made(lambda: Returns(f)), image())
+        assert 'failed verification' in reason(folder.result, '1')
+
+def items(y): yield y
+UNSEEN = dict(generator=items, map=lambda y: map(abs, [y]), list_iterator=lambda y: iter([y]), set=lambda y: {y,y+1},
+    memoryview=lambda y: memoryview(y.numpy()), ndarray=lambda y: y.numpy().astype(np.longdouble), builtin_function_or_method=lambda y: y.sum)
+@pytest.mark.parametrize('beside', [False,True])
+@pytest.mark.parametrize('kind', UNSEEN)
+def test_outputs_that_nobody_can_look_into(kind, beside):
+    "Not even beside others that can be compared; and who asks for no proof gets none."
+    net,x = made(lambda: Returns(lambda y: (y,UNSEEN[kind](y)) if beside else UNSEEN[kind](y))),image()
+    before = state(net)
+    for inplace in (False,True):
+        with pytest.raises(FoldError, match=f'{kind}.*register_pytree_node.*verify=False'): BN_Folder().fold(net, x, inplace=inplace)
+        assert state(net)==before
+    assert BN_Folder().plan(net, x).summary==str(BN_Folder(verify=False).plan(net, x).summary)
+    assert isinstance(BN_Folder(verify=False).fold(net, x)[1], nn.Identity)
+
+@pytest.mark.parametrize('nothing', [None,'cat',True,b'cat',3,[],print])
+def test_outputs_without_numbers(nothing):
+    net,x,folder = made(lambda: Returns(lambda y: nothing)),image(),BN_Folder()
+    with pytest.raises(FoldError, match='returned no numbers'): folder.fold(net, x)
+    net.f = lambda y: (y,nothing)
+    folder.fold(net, x)
+    assert folder.result.summary=='1 of 1 norms fold'
+
+def test_generator_is_left_to_the_user():
+    "Only the last run is theirs, and nothing was taken out of it."
+    made_by = []
+    def f(y):
+        made_by.append(g := items(y))
+        return y.mean(),g
+    with pytest.raises(FoldError): BN_Folder().fold(made(lambda: Returns(f)), image())
+    assert all(len([*g])==1 for g in made_by)
 
 # ---- Reasons
 
