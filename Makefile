@@ -58,6 +58,7 @@ zoo: $(PEERS) ## Fold model zoos, side by side with other tools
 
 bench: $(PEERS) ## Measure folding, latency and folded validation, side by side with other tools and engines
 	$(BIN)/python benchmarks/fold.py $(ARGS)
+	$(BIN)/python benchmarks/planning.py
 	$(BIN)/python benchmarks/latency.py $(ARGS)
 	$(BIN)/python benchmarks/validation.py $(ARGS)
 

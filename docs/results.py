@@ -1,4 +1,4 @@
-"The page of results, drawn from what the benchmarks wrote to docs/results: `zoo.json`, `latency-*.json`, `fold.json` and `validation.json`"
+"The page of results, drawn from what the benchmarks wrote to docs/results: `zoo.json`, `latency-*.json`, `fold.json`, `planning.json` and `validation.json`"
 import html, json, sys
 from pathlib import Path
 
@@ -95,13 +95,14 @@ def lines(
     series:dict, # Name to points (x, y); those of ours have a name that starts with 'f'
     xlabel:str,
     label:str, # What the picture shows, for those who do not see it
+    show=seconds, # How to write a `y`
 )->str:
     "Curves from the origin as SVG in the colours of the page."
     top_x,top_y = (max(p[i] for ps in series.values() for p in ps) for i in (0,1))
     w,h,left,base = 420,220,70,190
     at = lambda p: (left+(w-left-90)*p[0]/top_x, base-(base-14)*p[1]/top_y)
     res = [f'<path d="M{left},8 V{base} H{w-80}" fill="none" stroke="currentColor" stroke-opacity=".5"/>',
-        f'<text x="{left-6}" y="22" text-anchor="end">{seconds(top_y)}</text><text x="{left-6}" y="{base}" text-anchor="end">0</text>',
+        f'<text x="{left-6}" y="22" text-anchor="end">{show(top_y)}</text><text x="{left-6}" y="{base}" text-anchor="end">0</text>',
         f'<text x="{(left+w-80)/2}" y="{base+28}" text-anchor="middle">{html.escape(xlabel)}</text><text x="{w-90}" y="{base+15}" text-anchor="middle">{top_x:,}</text>']
     for name,ps in series.items():
         color,opacity = ('#3987e5',1) if name.startswith('f') else ('currentColor',.6)
@@ -146,6 +147,16 @@ def fold_part(d:dict|None)->str:
     pics = [lines({'folding':[(r[x], r['median']) for r in d[x]]}, f'{what} of a plain chain', f'Time to fold against {x}') for x,what in (('depth','norms'),('width','channels')) if len(d.get(x, []))>1]
     return '\n\n'.join(parts+(['<div class="pics">'+''.join(pics)+'</div>'] if pics else []))
 
+def planning_part(d:dict|None)->str:
+    "How planning grows, and what folds that fail cost."
+    if not d: return 'Not measured yet: `python benchmarks/planning.py` does it.'
+    kinds = {k:rows for (k,),rows in grouped(d['planning'], 'kind').items()}
+    pics = [lines({k:[(r['levels'], r['median']) for r in rows]}, 'levels', f'CPU time to plan against levels: {k}') for k,rows in kinds.items()]
+    failed = {f'fail: {w}':[(r['norms'], r['proofs']) for r in rows] for (w,),rows in grouped(d['proofs'], 'which').items()}
+    return '\n\n'.join([described(d['environment'])+'.', 'CPU time to plan models of many levels, in which what one level makes is added to, joined with, or multiplied by what it got, or runs through two paths that meet again.',
+        '<div class="pics">'+''.join(pics)+'</div>', 'Comparisons with the original until all is folded that can be, in models of which one norm, half of them, or all cannot.',
+        '<div class="pics">'+lines(failed, 'norms', 'Proofs against norms', '{:,}'.format)+'</div>'])
+
 def validation_part(d:dict|None)->str:
     "What validating the folded model after each epoch saves."
     if not d: return 'Not measured yet: `python benchmarks/validation.py` does it.'
@@ -160,5 +171,6 @@ def page(
     says = 'Times are medians, measured in turns; the column of the original is the time of one call, the others are its multiples: less than 1 is faster. "no norms" is the same network built without any.'
     parts = ['# Results', '> What folding is worth, measured on public models, side by side with other tools.', '## How many norms go', zoo_part(load(folder/'zoo.json')),
         '## How much faster', *([says,timed] if timed else ['No latency has been measured yet: `make bench` does it.']), '## What folding costs', fold_part(load(folder/'fold.json')),
+        '### How planning grows', planning_part(load(folder/'planning.json')),
         '## What folded validation saves', validation_part(load(folder/'validation.json'))]
     return '\n\n'.join(parts)+'\n'

@@ -202,11 +202,11 @@ def _try(self:BN_Folder, target, graph, exclude, plan=None):
 
 @patch
 def _fold_as(self:BN_Folder, target, graph, exclude, tests, plan=None):
-    "Fold as `graph` says. The plan, or None if that cannot be proved: then nothing is folded."
+    "Fold as `graph` says. The plan; if its proof failed, nothing is folded."
     plan = self._try(target, graph, exclude, plan)
     if plan.folded and tests:
         plan.proof = self._check(target, tests)
-        if not plan.proof.ok: return self._back()
+        if not plan.proof.ok: self._back()
     self._last = target,graph,exclude
     return plan
 
@@ -239,7 +239,7 @@ def _at_a_glance(self:BN_Folder, target, samples):
     if not traced or not main.plan.folded or main.plan.kept or not all(q.where in asked for q in first.questions('data')): return None,cover
     exclude = {}
     plan = self._fold_as(target, main.graph, exclude, _tests(cover), main.plan)
-    if plan is None or exclude: return self._back(),cover
+    if exclude or not plan.proof.ok: return self._back(),cover
     plan.covers = describe(cover, 'Proved')
     return plan,cover
 
@@ -251,8 +251,8 @@ def _proved(self:BN_Folder, target, cover):
     if self.verify and (main.plan.folded or self.strip_identity): widen(cover)
     tests = _tests(cover) if self.verify else []
     plan = self._fold_as(target, main.graph, exclude, tests, main.plan)
-    while plan is None:
-        self._blame(target, cover, exclude, tests)
+    while plan.proof is not None and not plan.proof.ok:
+        self._blame(target, cover, exclude, tests, plan)
         plan = self._fold_as(target, main.graph, exclude, tests)
     if plan.folded and tests: plan.covers = describe(cover, 'Proved')
     return plan
@@ -343,24 +343,27 @@ def _at_fault(
     return f"the folded model did not compute the same{where}" if far else f"rounding would put it {proof.folded:.0e} off, and the original is {proof.own:.0e} off"
 
 @patch
-def _blame(self:BN_Folder, target, cover, exclude, tests):
-    "Find the first norm whose fold cannot be proved, and add it to `exclude`."
+def _blame(self:BN_Folder, target, cover, exclude, tests, plan):
+    "Find the norms whose folds `plan`, whose proof failed, cannot do, and add them to `exclude`."
     main,graph = cover.main,cover.main.graph
-    plan = plan_folds(graph, exclude)
     names,stay = [o.norm for o in plan.folded],{o.norm:'' for o in plan.kept} # else these might fold where the others do not
     def check(k):
-        self._try(target, graph, exclude | stay | {n:'' for n in names[k:]})
+        self._try(target, graph, stay | {n:'' for n in names[k:]} | exclude)
         try: return self._check(target, tests)
         finally: self._back()
+    def search(good, bad, proof):
+        "The first `good` folds hold, the first `bad` do not: see `proof`."
+        if bad-good==1: exclude[names[good]] = f"failed verification: {_at_fault(proof, main)}"
+        else:
+            mid = (good+bad)//2
+            if not (half := check(mid)).ok:
+                search(good, mid, half)
+                proof = check(bad)
+            if not proof.ok: search(mid, bad, proof)
     if not check(0).ok:
         if cover.watched: raise _Unlike
         raise FoldError("The model returns different outputs for the same input, so no fold can be verified. Make it deterministic in eval mode, or pass `verify=False`.")
-    good,bad = 0,len(names)
-    while bad-good>1:
-        mid = (good+bad)//2
-        if check(mid).ok: good = mid
-        else: bad = mid
-    exclude[names[bad-1]] = f"failed verification: {_at_fault(check(bad), main)}"
+    search(0, len(names), plan.proof)
 
 # %% ../nbs/11_fold.ipynb #5a1c0e06
 def _merge_branches(model):

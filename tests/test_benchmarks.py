@@ -7,7 +7,7 @@ from fasterfold.fold import BN_Folder
 
 root = Path(__file__).parents[1]
 sys.path.insert(0, str(root/'benchmarks'))
-import latency, validation, zoo
+import latency, planning, validation, zoo
 from common import chain, slope
 
 def measured(script, out, *args):
@@ -28,6 +28,15 @@ def test_fold(tmp_path):
     assert memory['leaked']==0 < memory['held'] <= memory['fold'] and 0<memory['edited']<=memory['parameters']
     assert depth['depth']==100 and width['width']==64
     assert '| resnet18 | 1 | 20 |' in page and 'with a batch of 1' in page
+
+def test_planning(tmp_path):
+    out = tmp_path/'new'/'planning.json' # the folder is made
+    planning.main.__wrapped__(quick=True, out=out)
+    res,page = json.loads(out.read_text()),out.with_suffix('.md').read_text()
+    assert [r['kind'] for r in res['planning']]==[*planning.kinds] and all(0<r['median'] and 0<=r['folded']<=r['norms'] for r in res['planning'])
+    assert [(r['which'],r['norms'],r['failing']) for r in res['proofs']]==[('one',8,1),('half',8,4),('all',8,8)]
+    assert f"| 8 | 8 | {res['proofs'][-1]['proofs']} |" in page and '(planning.svg)' in page
+    assert all(k in out.with_suffix('.svg').read_text() for k in ('<svg','#888888'))
 
 def test_validation(tmp_path):
     out = tmp_path/'validation.json'

@@ -1,9 +1,10 @@
 "Models that do more than compute: the fold is right or refused, and the original and all else are as they were."
-import threading
+import math, sys, threading
 from collections import OrderedDict,UserList,deque
 from collections.abc import Mapping,Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType,SimpleNamespace
 from typing import NamedTuple
 import numpy as np, pytest, torch, torch.nn.functional as F
@@ -14,7 +15,11 @@ from fasterfold.fold import BN_Folder
 from fasterfold.proof import distance, run
 from fasterfold.rules import PULL
 from fasterfold.state import FoldError
+from fasterfold.trace import trace
 from helpers import *
+
+sys.path.insert(0, str(Path(__file__).parents[1]/'benchmarks'))
+import planning
 
 def conv(n_in=3, n_out=4, ks=3): return nn.Conv2d(n_in, n_out, ks)
 def image(n=2, size=9): return torch.randn(n, 3, size, size)
@@ -430,3 +435,62 @@ def test_folds_beside_predictions():
     assert not errors and not wrong
     assert len({tuple(o.tolist()) for o in drawn})==len(drawn)>0
     assert all(distance(now(m, x), [refs[net]])<1e-6 and not any(isinstance(o, nn.BatchNorm2d) for o in m) for m in folded)
+
+# ---- Time
+
+def grows_like_its_length(trace_of):
+    "Twice the levels are twice the rules that planning asks, or less."
+    (_,some),(_,many) = (planning.asked(trace_of(n)) for n in (50,100))
+    assert 0<many<=2.2*some
+
+@pytest.mark.parametrize('kind', planning.kinds)
+def test_planning_grows_like_the_model(kind): grows_like_its_length(lambda n: planning.traced(kind, n))
+
+class EachTwice(nn.Module):
+    "Each norm runs twice, and can fold only after the one behind it: the last one first."
+    def __init__(self, n):
+        super().__init__()
+        self.first,self.last = conv(),conv(4, 2, 1)
+        self.norms,self.convs = (nn.ModuleList([make() for _ in range(n)]) for make in (lambda: nn.BatchNorm2d(4),lambda: conv(4, 2, 1)))
+    def forward(self, x):
+        x = y = self.first(x).tanh()
+        side = 0
+        for norm,c in zip(self.norms, self.convs): y,side = norm(y),side+c(norm(x))
+        return side+self.last(y)
+
+def test_planning_of_norms_that_wait_for_the_next():
+    grows_like_its_length(lambda n: trace(made(lambda: EachTwice(n)), image()))
+    stays_right(lambda: EachTwice(5), image(), 5)
+
+@pytest.mark.parametrize('kind', planning.kinds)
+def test_levels_are_folded_rightly(kind):
+    net,x = made(lambda: planning.Levels(kind, 6)),image()
+    for verify in (True,False): check_fold(net, BN_Folder(verify=verify).fold(net, x), x)
+
+def test_norm_that_takes_another_up_on_its_way_need_not_hold_it():
+    "In half precision the first norm's weight times the second's would overflow; what it multiplies does not."
+    net = made(lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4), nn.Tanh()))
+    with torch.no_grad():
+        for p in net[0].parameters(): p.mul_(1e-4)
+        net[1].running_mean.zero_()
+        net[1].running_var.fill_(1e3)
+        net[1].weight.fill_(6e4)
+        net[2].weight.fill_(100)
+    folder = BN_Folder(verify=False)
+    folder.fold(net.half(), torch.randn(3, 4).half())
+    assert [(o.norm,o.into) for o in folder.result.folded]==[('1',['0']),('2',['0'])]
+
+@pytest.mark.parametrize('n,which', [*((n,w) for n in (1,8,16) for w in ('one','half','all')),(64,'one')])
+def test_proofs_for_norms_that_fail(n, which):
+    "They are found by halves, and a half that holds is not looked at again."
+    failing = planning.which(n)[which]
+    k,count = len(failing),planning.proofs(n, failing)['proofs'] # which asserts that just they are kept
+    assert count<=k*(2*math.log2(n/k)+2)+3
+
+@pytest.mark.parametrize('asked', [{0},{15},{3,4,12}])
+def test_forward_that_asks_which_norms_are_there(asked):
+    net,x,folder = made(lambda: planning.Branches(16, asked)),torch.randn(4, 8),BN_Folder()
+    ref,before = now(net, x),state(net)
+    assert distance(now(folder.fold(net, x), x), ref)<1e-6 and state(net)==before
+    assert {int(o.norm.split('.')[1]) for o in folder.result.kept}==asked
+    assert all('failed verification: the folded model did not compute the same' in o.reason for o in folder.result.kept)
