@@ -105,8 +105,10 @@ class Kept:
 def _other(call):
     "Why a call that runs batch normalizations is no norm."
     if not isinstance(call.module, _BatchNorm): return f"`batch_norm` is called as a function in `{type(call.module).__name__}.forward`, which cannot be edited"
-    if len(call.ins)!=1: return "it is not called with one tensor, by position"
+    if len(call.ins)!=1: return "it is not called with one tensor"
     return f"`{type(call.module).__name__}.forward` does more than scale and shift each channel of its input"
+
+def _counts(m, o): return isinstance(m, _BatchNorm) or o.args.get('running_mean') is not None
 
 def _read_norm(call, n, ctx):
     "The norm that `call` is, or None; and for a call that runs `n` batch normalizations or would if it were given any numbers, why it is none."
@@ -119,7 +121,9 @@ def _read_norm(call, n, ctx):
     except Blocked as e: return None, (scripted or str(e)) if n else None
     if c is not None and c.map is not None and (n or c.map.scales):
         if scripted: return None,scripted
-        return (c,None) if call.given==1 else (None,"it is called with more than its input, which an `nn.Identity` does not take")
+        if call.plain and not (call.keys and c.stay): return c,None
+        what = f"`{call.keys[0]}=`" if call.given==1 else "more than its input"
+        return None,f"it is called with {what}, which {'what stays of it need' if call.plain else 'an `nn.Identity` does'} not take"
     return None, (scripted or _other(call)) if n else None
 
 def find_norms(
@@ -128,7 +132,8 @@ def find_norms(
     "The norms of a trace, by module."
     norms,broken,ctx,ran = {},{},Context(),{c.module for c in graph.calls}
     for call in graph.calls:
-        m,n = call.module,sum('batch_norm' in o.name and any(not v.const for v in o.inputs) for o in call.ops)
+        m = call.module
+        n = sum('batch_norm' in o.name and any(not v.const for v in o.inputs) and _counts(m, o) for o in call.ops)
         c,why = _read_norm(call, n, ctx)
         if c is not None: norms.setdefault(m, []).append(c)
         elif why: broken.setdefault(m, Kept(call.name or '', why, 0)).calls += n

@@ -16,7 +16,7 @@ from .affine import Affine
 from .find import Kept, find_norms
 from .rules import BESIDE, Blocked, Context, pull_through, push_through
 from .rules.arithmetic import terms
-from .state import growing, held_by, is_dense
+from .state import growing, held_by, is_dense, overlapping
 from .trace import Graph, Value, user_hooks
 
 # %% ../nbs/06_plan.ipynb #810c01a1
@@ -104,10 +104,10 @@ class Planner:
         self.owners = {n:m for m,names in graph.modules.items() for n in names}
         self.held = {o:f'{names[0]}.{k}'.lstrip('.') for m,names in graph.modules.items() for k,o in held_by(m)} # module to what holds it unregistered
         self.ran = {c.module for c in graph.calls}
-        self.twins,self.writes,self.values = defaultdict(list),defaultdict(list),defaultdict(set) # by storage: leaves, writers, values
+        self.writes,self.values = defaultdict(list),defaultdict(set) # by storage: writers, values
+        held = [v for v in graph.leaves if v.tensor is not None and is_dense(v.tensor)]
+        self.twins = {held[i]:held[j] for i,j in overlapping([v.tensor for v in held])} # leaf to one that has some of its numbers
         self.exposed = _exposed(graph)
-        for v in graph.leaves:
-            if v.store>=0: self.twins[v.store].append(v)
         for o in graph.ops:
             for s in o.writes: self.writes[s].append(o)
             for v in (*o.inputs,*o.outs):
@@ -160,11 +160,10 @@ def _agreed(self:Planner, v, a, met, inside, ctx):
 # %% ../nbs/06_plan.ipynb #345b7d46
 @patch
 def _alone(self:Planner, v):
-    "Raise `Blocked` if the parameter `v` is sparse or nested, of integers, a view of another, part of TorchScript, not saved, or tied to a module that did not run."
+    "Raise `Blocked` if the parameter `v` is sparse or nested, of integers, in part another, part of TorchScript, not saved, or tied to a module that did not run."
     if not v.dtype.is_floating_point: raise Blocked(f"`{v.names[0]}` is {'complex' if v.dtype.is_complex else 'not of floating-point numbers'}")
     if v.tensor is not None and not is_dense(v.tensor): raise Blocked(f"`{v.names[0]}` is sparse or nested")
-    twins = [t for t in self.twins.get(v.store, []) if t is not v]
-    if twins: raise Blocked(f"`{v.names[0]}` shares its memory with `{twins[0].names[0]}`")
+    if v in self.twins: raise Blocked(f"`{v.names[0]}` shares its memory with `{self.twins[v].names[0]}`")
     owners = {self.owners[n.rpartition('.')[0]]:n for n in v.names}
     scripted = [n for m,n in owners.items() if isinstance(m, torch.jit.ScriptModule)]
     if scripted: raise Blocked(f"`{scripted[0]}` is part of TorchScript, of which nothing is edited")
