@@ -108,8 +108,6 @@ def _other(call):
     if len(call.ins)!=1: return "it is not called with one tensor"
     return f"`{type(call.module).__name__}.forward` does more than scale and shift each channel of its input"
 
-def _counts(m, o): return isinstance(m, _BatchNorm) or o.args.get('running_mean') is not None
-
 def _read_norm(call, n, ctx):
     "The norm that `call` is, or None; and for a call that runs `n` batch normalizations or would if it were given any numbers, why it is none."
     c = norm_call(call)
@@ -126,14 +124,16 @@ def _read_norm(call, n, ctx):
         return None,f"it is called with {what}, which {'what stays of it need' if call.plain else 'an `nn.Identity` does'} not take"
     return None, (scripted or _other(call)) if n else None
 
+# %% ../nbs/05_find.ipynb #a168c914
+def _counts(m, o): return 'batch_norm' in o.name and (isinstance(m, _BatchNorm) or o.args.get('running_mean') is not None) and any(not v.const for v in o.inputs)
+
 def find_norms(
     graph:Graph, # A traced forward pass
 )->tuple: # Norm module to its calls, and kept norms that have no calls to fold
     "The norms of a trace, by module."
     norms,broken,ctx,ran = {},{},Context(),{c.module for c in graph.calls}
     for call in graph.calls:
-        m = call.module
-        n = sum('batch_norm' in o.name and any(not v.const for v in o.inputs) and _counts(m, o) for o in call.ops)
+        m,n = call.module,sum(_counts(call.module, o) for o in call.ops)
         c,why = _read_norm(call, n, ctx)
         if c is not None: norms.setdefault(m, []).append(c)
         elif why: broken.setdefault(m, Kept(call.name or '', why, 0)).calls += n

@@ -313,6 +313,7 @@ def _exit_module(self:Tracer, m, args, *rest):
     self._watch(m, (*kwargs,out))
     if isinstance(m, torch.jit.ScriptModule): self._doubt(call, args, kwargs, out)
 
+# %% ../nbs/04_trace.ipynb #adce3fd6
 @patch
 def _by_keyword(self:Tracer, call, given):
     "Note what `call` was given by keyword; a tensor that it wrote to meanwhile is another value than the one it was given."

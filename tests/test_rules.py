@@ -14,7 +14,7 @@ from fasterfold.rules import BESIDE,PULL,PUSH,Blocked,Context,pull_through,push_
 from fasterfold.trace import Tracer
 from helpers import *
 
-A = torch.ops.aten
+A,V = torch.ops.aten,getattr(torch.ops, torchvision.__name__)
 CASES = {}
 LATER = '_upsample_lanczos2d_aa', # operations that the oldest PyTorch does not have yet
 
@@ -236,10 +236,10 @@ for ids in (index(2,4),index(3)): case(A.embedding.default, W(3,5), ids)
 for dim in (0,1): case(A._weight_norm_interface.default, W(4,3), [W(4,1),W(1,3)][dim], dim)
 case(A._weight_norm_interface.default, W(4,3,2), W(4,1,1), 0)
 case(A.mul.Tensor, W(2,3,4), W(1,3,1))
-def where(*shape): return Arg(*shape, make=lambda s: torch.randn(s), role='plain')
-for g in (1,2):
-    for pad,mask in ((0,zeros(2,1)),(1,where(2,9,4,5))):
-        case(torch.ops.torchvision.deform_conv2d.default, T(2,4,4+2-2*pad,7-2*pad), W(6,4//g,3,3), where(2,18,4,5), mask, W(6), 1, 1, pad, pad, 1, 1, g, 1, mask.role=='plain')
+def drawn(*shape): return Arg(*shape, make=torch.randn, role='plain')
+for g,pad,mask in ((1,0,zeros(2,1)),(2,1,zeros(2,1)),(2,1,drawn(2,9,4,5))):
+    x,w,off = T(2,4,6-2*pad,7-2*pad),W(6,4//g,3,3),drawn(2,18,4,5)
+    case(V.deform_conv2d.default, x, w, off, mask, W(6), 1, 1, pad, pad, 1, 1, g, 1, mask.role=='plain')
 for reverse,biased in ((False,True),(True,True),(True,False)):
     case(A.mkldnn_rnn_layer.default, T(4,2,3), W(20,3), W(20,5), W(20), W(20), written(2,5), written(2,5), reverse, [], 2, 5, 1, biased, False, False, False)
 
