@@ -93,7 +93,7 @@ OPS = { # what a reason says of an operation `#`: what must hold of the operatio
     "not every output of # sees every input": lambda o,n: o.args.transposed,
     r"it comes after a product \(#\), which takes no shift|# multiplies by zero": named('mul','div'),
     r"# takes a number that is no part of the model \(a buffer would be\)": lambda o,n: not o.out.const and plain(o),
-    r"# takes it as `(\w+)`": lambda o,n,k: [*o.args].index(k)>0,
+    r"# takes it as `(\w+)`": lambda o,n,k: k in [*o.args][1:],
     "# adds values that are scaled differently": lambda o,n: o.name in ('add','sub','rsub') and len(o.inputs)==2,
     "# adds values that the map would change": named('constant_pad'),
     "# adds (?:it to something else|something to it)|# collects a part of it": named('scatter','index_add'),
