@@ -614,6 +614,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'fasterfold/trace.py'),
                                   'fasterfold.trace._add_absent': ('trace.html#_add_absent', 'fasterfold/trace.py'),
                                   'fasterfold.trace._around': ('trace.html#_around', 'fasterfold/trace.py'),
+                                  'fasterfold.trace._deforms': ('trace.html#_deforms', 'fasterfold/trace.py'),
                                   'fasterfold.trace._hook_name': ('trace.html#_hook_name', 'fasterfold/trace.py'),
                                   'fasterfold.trace._idle': ('trace.html#_idle', 'fasterfold/trace.py'),
                                   'fasterfold.trace._in_wholes': ('trace.html#_in_wholes', 'fasterfold/trace.py'),

@@ -370,15 +370,17 @@ def hooked(self:Tracer):
 _bn_ops = ('native_batch_norm','cudnn_batch_norm','_native_batch_norm_legit_no_training')
 _biased = (nn.modules.conv._ConvNd,nn.Linear),dict(bias=0.)
 _scaled = (nn.modules.batchnorm._BatchNorm,nn.LayerNorm,nn.GroupNorm),dict(weight=1., bias=0.)
-_deform = 'torchvision.ops.deform_conv','DeformConv2d' # which runs with a bias of zeros then
+def _deforms(op, m):
+    "Does torchvision's `DeformConv2d`, known by its module since PyTorch does not need torchvision, run with zeros for the bias that it lacks?"
+    return op.name=='deform_conv2d' and type(m).forward.__module__=='torchvision.ops.deform_conv' and m.bias is None
+
 _optional = dict.fromkeys(('convolution','mm','bmm'), _biased) | dict.fromkeys((*_bn_ops,'native_layer_norm','native_group_norm'), _scaled)
 
 def _add_absent(op, graph, known):
     "Give `op` a value for the weight or bias its layer could have but has not; `known` are those that other operations got."
     kinds,fills = _optional.get(op.name, ((),{}))
     m = op.call.module if op.call is not None else None
-    deforms = op.name=='deform_conv2d' and _deform in {(c.__module__,c.__name__) for c in type(m).__mro__}
-    if deforms: fills = dict(bias=0.)
+    if (deforms := _deforms(op, m)): fills = dict(bias=0.)
     elif not isinstance(m, kinds): return
     for k,fill in fills.items():
         if op.args.get(k) is not None and not deforms or k not in m._parameters or m._parameters[k] is not None or k in graph.asked.get(m, ()): continue

@@ -168,6 +168,7 @@ FORMS = { # all other reasons: what must hold of the `Around` and the `Side`
     "it is TorchScript, of which nothing is edited": lambda n,s: isinstance(n.module, jit.ScriptModule),
     "it is called with more than its input, which an `nn.Identity` does not take": lambda n,s: any(c.given>1 for c in n.calls),
     r"it is called with `(\w+)=`, which (an `nn.Identity` does|what stays of it need) not take": lambda n,s,k,who: any(c.keys==(k,) and (who[0]=='w' or k!='input') for c in n.calls),
+    "it is called by keyword with several tensors or one that is written to": lambda n,s: any(c.keys and len(c.ins)!=1 for c in n.calls),
     "it is not called with one tensor": lambda n,s: any(len(c.ins)!=1 for c in n.calls),
     r"`(\w+).forward` does more than scale and shift each channel of its input": lambda n,s,t: t in {type(c.module).__name__ for c in n.calls},
     "it runs no batch normalization of the input": lambda n,s: n.calls and not any(varies(v) for o in norm_ops(n) for v in o.inputs),

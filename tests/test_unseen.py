@@ -72,7 +72,14 @@ def test_norm_called_by_another_keyword(norm):
 def test_norm_called_by_keyword_with_what_stays():
     stays_right(called(lambda m,y: m.norm(input=y), lambda: Activated(4)), images(), norm='what stays of it need not take')
 def test_norm_called_by_keyword_that_writes_to_its_input():
-    stays_right(called(lambda m,y: m.norm(input=y)+y, lambda: Writes(4)), images(), norm='it is not called with one tensor')
+    stays_right(called(lambda m,y: m.norm(input=y)+y, lambda: Writes(4)), images(), norm='it is called by keyword with several tensors or one that is written to')
+
+def test_norm_called_by_keyword_with_what_was_written_to():
+    def f(m, x):
+        y = m.conv(x)
+        y[:,:1].mul_(2)
+        return m.norm(input=y)
+    stays_right(lambda: Fn(f, conv=conv(), norm=nn.BatchNorm2d(4)), images(), norm='it is called by keyword with several tensors or one that is written to')
 
 def see_all(m, args, kwargs, out): pass
 def test_hook_that_sees_keywords():
@@ -150,6 +157,9 @@ def test_one_lstm_that_reads_a_norm_and_something_else():
 def test_lstm_whose_input_weight_is_weight_normed():
     "Which it computes four times, and reads once."
     stays_right(lambda: Recurrent(rnn=lambda *a: parametrizations.weight_norm(nn.LSTM(*a), 'weight_ih_l0', dim=1)), sounds(), norm='original0` is also used by')
+def test_norm_of_the_steps_before_an_lstm():
+    stays_right(lambda: Fn(lambda m,x: m.rnn(m.norm(x.sigmoid()))[0], rnn=nn.LSTM(9, 5), norm=nn.BatchNorm1d(4)), [sound(),sound(1)],
+        norm='`rnn` (LSTM) cannot scale each position differently')
 def test_packed_sequence():
     def f(m, x):
         x = m.norm(x.sigmoid()).permute(2, 0, 1)
@@ -181,6 +191,22 @@ def test_norm_before_a_deformable_convolution(masked, groups):
     for padding in (0,1):
         stays_right(lambda: Deforms(lambda n: Scaling(n, 1, 1), masked=masked, padding=padding, groups=groups), images(), 'norm')
         stays_right(lambda: Deforms(nn.BatchNorm2d, masked=masked, padding=padding, groups=groups), images(), norm='`deform` (DeformConv2d) does not let a shift pass')
+
+class OtherBias(DeformConv2d):
+    "Has none of its own, and adds another."
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, bias=False, **kwargs)
+        self.other = nn.Parameter(torch.randn(6)) if self.adds else None
+    def forward(self, x, offset, mask): return deform_conv2d(x, offset, self.weight, self.other, padding=1, mask=mask)
+class NoBias(OtherBias): adds = False
+class Adds(OtherBias): adds = True
+def test_norm_behind_a_deformable_convolution_with_a_forward_of_its_own():
+    def make(cls):
+        net = Deforms(after=nn.BatchNorm2d)
+        net.deform = cls(4, 6, 3)
+        return net
+    stays_right(lambda: make(Adds), images(), 'norm2')
+    stays_right(lambda: make(NoBias), images(), norm2='`deform` (NoBias) has no bias to take the shift')
 
 class Function(nn.Module):
     def __init__(self, own=False):
@@ -293,7 +319,8 @@ def test_own_affine_layer_after_a_sum_over_nodes():
     stays_right(lambda: Readout(collected, Own()), sounds(), own='`index_add` in `the model` does not let a shift pass')
 def test_own_affine_layer_before_a_sum():
     stays_right(lambda: Fn(lambda m,x: m.own(m.conv(x)).sum(2), conv=nn.Conv1d(4, 4, 3), own=Own(1)), sounds(), 'own')
-    stays_right(lambda: Fn(lambda m,x: m.last(m.own(m.conv(x).sigmoid()).sum(2)), conv=nn.Conv1d(4, 4, 3), own=Own(1), last=nn.Linear(4, 2)), sounds(), own=counts)
+    def f(m, x): return m.last(m.own(m.conv(x).sigmoid()).sum(2))
+    stays_right(lambda: Fn(f, conv=nn.Conv1d(4, 4, 3), own=Own(1), last=nn.Linear(4, 2)), sounds(), own=counts)
 
 # ---- Statistics over positions
 
