@@ -87,7 +87,7 @@ def norm_call(
     y = v = own[-1].out
     stay = []
     for c in call.children:
-        if c.ins!=[v] or c.out is None or c.children or c.out.shape!=v.shape: return None
+        if c.ins!=[v] or c.given>1 or c.keys or c.out is None or c.children or c.out.shape!=v.shape: return None
         if c.ops or c.out is not v or type(c.module) is not nn.Identity: stay.append(c.module)
         v = c.out
     if v is not call.out or y.shape!=x.shape or any(c.ops and c.ops[0].index<own[-1].index for c in call.children): return None

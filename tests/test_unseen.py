@@ -81,6 +81,23 @@ def test_norm_called_by_keyword_with_what_was_written_to():
         return m.norm(input=y)
     stays_right(lambda: Fn(f, conv=conv(), norm=nn.BatchNorm2d(4)), images(), norm='it is called by keyword with several tensors or one that is written to')
 
+class Leaky(nn.Module):
+    def forward(self, x, slope=0., *, more=0.): return F.leaky_relu(x, slope+more)
+class KeywordOnly(nn.Module):
+    def forward(self, *, x): return x.relu()
+STAY = dict(option=(Leaky,lambda act,y: act(y, .3)), option_by_keyword=(Leaky,lambda act,y: act(y, more=.3)), keyword=(nn.ReLU,lambda act,y: act(input=y)),
+    keyword_only=(KeywordOnly,lambda act,y: act(x=y)))
+@pytest.mark.parametrize('kind', STAY)
+def test_what_stays_of_a_norm_is_called_in_a_way_of_its_own(kind):
+    "In the place of the norm it would be called by position, with one value."
+    act,call = STAY[kind]
+    class Norm(nn.BatchNorm2d):
+        def __init__(self):
+            super().__init__(4)
+            self.act = act()
+        def forward(self, x): return call(self.act, super().forward(x))
+    stays_right(lambda: nn.Sequential(conv(), Norm(), conv(4, 2)), images(), **{'1':'does more than scale and shift'})
+
 def see_all(m, args, kwargs, out): pass
 def test_hook_that_sees_keywords():
     def make():
