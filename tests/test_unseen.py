@@ -302,6 +302,16 @@ def test_complex_numbers_that_rounding_hides():
     proof = folder.result.proof
     assert names_of(folder.result.folded)==['norm'] and proof.exact<1e-10 and proof.largest>0
 
+def test_network_in_waves():
+    "As a Fourier neural operator: between real layers, some of the waves are multiplied by complex weights."
+    def f(m, x):
+        waves = torch.fft.rfft(m.norm(m.conv(x)))
+        res = torch.zeros_like(waves)
+        res[...,:3] = torch.einsum('bif,iof->bof', waves[...,:3], m.w)
+        return m.last(torch.fft.irfft(res, n=x.shape[2])+x)
+    def make(): return Fn(f, conv=nn.Conv1d(4, 4, 1), norm=nn.BatchNorm1d(4), w=nn.Parameter(torch.randn(4, 4, 3, dtype=torch.cfloat)), last=nn.Conv1d(4, 2, 1))
+    stays_right(make, sounds(), 'norm')
+
 # ---- A user's own affine layer after a sum
 
 class Own(nn.Module):
@@ -352,6 +362,12 @@ def test_norm_before_pooled_statistics(kind):
         n = POOLS[kind](sound()).shape[1]
         return Fn(lambda m,x: m.last(POOLS[kind](m.norm(m.conv(x).relu()))), conv=nn.Conv1d(4, 4, 3), norm=nn.BatchNorm1d(4), last=nn.Linear(n, 3))
     stays_right(make, sounds(), 'norm')
+
+def test_network_of_a_speaker_embedding():
+    class Statistics(nn.Module):
+        def forward(self, x): return torch.cat([x.mean(-1),x.std(-1)], 1)
+    def layer(i, o, k): return nn.Conv1d(i, o, k),nn.ReLU(),nn.BatchNorm1d(o)
+    stays_right(lambda: nn.Sequential(*layer(4, 6, 3), *layer(6, 5, 1), Statistics(), nn.BatchNorm1d(10), nn.Linear(10, 4)), sounds(), '2 5 7')
 
 def test_norm_behind_a_standard_deviation():
     "A positive scale goes back, whatever else does not."
@@ -430,6 +446,13 @@ def test_parameters_that_take_turns_in_memory():
         net[0].weight.data,net[2].weight.data = both[:,0].view(4, 4),both[:,1].view(4, 4)
         return net
     stays_right(make, [torch.randn(3, 4),torch.randn(1, 4)], '1')
+def test_parameters_that_are_columns_of_a_matrix():
+    def make():
+        net,both = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)),torch.randn(4, 8)
+        net[0].weight.data,net[2].weight.data = both[:,:4],both[:,4:]
+        return net
+    stays_right(make, [torch.randn(3, 4),torch.randn(1, 4)], '1')
+def test_recurrent_layer_in_one_vector(): stays_right(lambda: in_a_vector(Recurrent(bidirectional=True)), sounds(), 'norm')
 @pytest.mark.parametrize('shift', [0,1,8])
 def test_parameters_that_overlap(shift):
     "One number in common is enough to stay in place."
