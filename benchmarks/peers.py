@@ -68,7 +68,7 @@ def _mct():
     from model_compression_toolkit.target_platform_capabilities.targetplatform2framework.attach2pytorch import AttachTpcToPytorch
     class _Impl(PytorchImplementation):
         def to_tensor(self, x): return x # its own makes all samples float32, indices and float64 among them
-    # It would also merge convolutions, in float32 whatever the model is in, so that no float64 fold would be right
+    # It would also merge convolutions, in float32 whatever the model is in: 1e-6 off in float64
     impl,config = _Impl(),QuantizationConfig(linear_collapsing=False, residual_collapsing=False)
     target = AttachTpcToPytorch().attach(get_target_platform_capabilities())
     def _fold(model, sample):
