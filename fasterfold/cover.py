@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from .plan import FoldPlan, plan_folds
 from .sample import Sample, awkward, neighbours
+from .state import Still
 from .trace import Graph, trace
 
 # %% ../nbs/07_cover.ipynb #9b8f8a69
@@ -83,7 +84,7 @@ def another(
     "A trial with as many other extents as the model takes."
     labels = sample.labels
     rest = {k:(i,n) for i,(k,n) in enumerate((k,n) for k,n in labels.items() if k!='batch')}
-    batch = {'batch': 1 if labels['batch']>1 else 3} if 'batch' in labels else {}
+    batch = {'batch': 1 if labels['batch']>1 else 2} if 'batch' in labels else {}
     def awkwards(least): return {k:awkward(n, i, least) for k,(i,n) in rest.items()}
     tried = list(dict.fromkeys(tuple((batch|awkwards(least)).items()) for least in (32,64)))
     for sizes in filter(None, tried):
@@ -181,7 +182,8 @@ class Cover:
         look, # Function of model and sample that returns a `Graph`: `trace` or `glance`
         known=(), # `Trial`s of other inputs
     ):
-        self.model,self.trials,self.labels = model,[Trial(s, look(model, s)) for s in samples],samples[0].labels
+        self.model,self.still,self.labels = model,Still(model),samples[0].labels
+        self.trials = [Trial(s, look(model, s, still=self.still)) for s in samples]
         self.given,self.draws,self.watched,self.settled = len(samples),0,all(t.graph.watch for t in self.trials),set() # `settled`: places whose answer no size turns
         self.known = {tuple(t.sizes.items()):t for t in known}
         self.agree()
@@ -190,7 +192,7 @@ class Cover:
         "The trial of an input, None if the model refuses it."
         if sample is None and tuple(sizes.items()) in self.known: return self.known[tuple(sizes.items())]
         sample = (sample or self.trials[0].sample).resized(sizes) if sizes else sample
-        try: return Trial(sample, trace(self.model, sample, self.watched), sizes, what)
+        try: return Trial(sample, trace(self.model, sample, self.watched, self.still), sizes, what)
         except Exception: return None # a model need not take everything
 
     def add(self, trial):
@@ -291,6 +293,6 @@ def describe(
     if lost: res.append(f"Not followed: sizes that become plain numbers ({_at(lost)}).")
     missing = [f'`{n}`' for n,v in not_given(cover.model, cover.main.sample).items() if not neighbours(v)]
     if missing: res.append(f"Not covered: the model with {_listed(missing)}, which no sample has.")
-    other = [t for t in cover.trials if t.traced and not same_edits(t.plan, cover.main.plan)]
-    if how=='Traced' and other: res.append(f"Other norms would fold on inputs of {_listed(map(str, other))}: folding proves which may.")
+    other = [t for t in cover.trials if t.traced and not same_edits(t.plan, cover.main.plan)] if how=='Traced' else []
+    if other: res.append(f"Other norms would fold on inputs of {_listed(map(str, other))}: folding proves which may.")
     return res

@@ -19,7 +19,7 @@ from .edit import Snapshot, apply_plan
 from .plan import FoldPlan, plan_folds
 from .proof import Proof, compare_runs, distance, eps_of, largest, prove, run_as, to_double
 from .sample import Sample
-from .state import Contents, FoldError, check_model, clock, copy_model, is_dense, own_modes, preserved, tensors_in, wide
+from .state import Contents, FoldError, Still, check_model, clock, copy_model, is_dense, own_modes, preserved, tensors_in, wide
 from .strip import strip_dropout, strip_identity, take_out
 from .trace import glance, trace
 
@@ -295,9 +295,10 @@ def _check(self:BN_Folder, target, tests):
         far = [t for t,_,was,_ in held.held if distance([t], [was])>eps]
         if any(id(t) in written for t in far): return Proof(float('inf'), float('inf'), ok=False, on=tests[0])
         if not far: held.restore() # how that rounds is none of the fold's
+    still = Still(target)
     for t in tests:
         refs = t.graph.results
-        try: outs = t.sample.run(target)
+        try: outs = t.sample.run(target, still)
         except Exception as e: return Proof(float('inf'), float('inf'), ok=False, on=t, error=f'{type(e).__name__}: {e}')
         proof = compare_runs(outs, refs, eps)
         if not proof.ok:

@@ -13,8 +13,8 @@ from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 from .edit import edited
-from .sample import Sample
-from .state import Dispatch, copy_model, has_float64, tensors_in, wide
+from .sample import Sample, returned
+from .state import Dispatch, copy_model, has_float64, preserved, tensors_in, wide
 
 # %% ../nbs/09_proof.ipynb #d2e86ff6
 @dataclass
@@ -125,7 +125,8 @@ def run_as(
     shell = copy_model(model, [*model.parameters(), *(p for p,_,_ in edits)]) # takes what the model caches
     for m in shell.modules():
         if isinstance(m, torch.jit.ScriptModule): m.to(dtype) # it checks dtypes where no mode sees it
-    with _Cast(dtype, edits) as mode, _Claimed(mode.cast): return run(shell, sample)
+    call = partial(Sample.of(sample).call, shell)
+    with preserved(shell, call), _Cast(dtype, edits) as mode, _Claimed(mode.cast): return returned(call())[0]
 
 # %% ../nbs/09_proof.ipynb #e65f1dc7
 def largest(outs, refs):

@@ -139,9 +139,10 @@ class Sample:
 
     def run(self,
         model:nn.Module, # Any model
+        still=None, # A `Still` of it, if there is one
     )->list: # The tensors it returns
         "Run `model` in eval mode without gradients and without leaving a trace."
-        with preserved(model, call := partial(self.call, model)): return returned(call())[0]
+        with preserved(still or model, call := partial(self.call, model)): return returned(call())[0]
 
     def map(self,
         f, # Tensor to tensor

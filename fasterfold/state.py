@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['FoldError', 'is_dense', 'Detached', 'overlapping', 'growing', 'accelerator', 'clock', 'has_float64', 'wide',
-           'held_by', 'all_modules', 'Structure', 'own_modes', 'tensors_in', 'Contents', 'still', 'Dispatch',
+           'held_by', 'all_modules', 'Structure', 'own_modes', 'tensors_in', 'Contents', 'Still', 'Dispatch',
            'preserved', 'passing', 'unwrap', 'check_model', 'copy_model']
 
 # %% ../nbs/01_state.ipynb #2463438d
 import copy, gc, random, numpy as np, torch
 from array import array
 from collections import OrderedDict, deque
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 from operator import eq, is_
 from timeit import default_timer
@@ -112,7 +112,7 @@ def wide(
     return t.detach().cpu().double()
 
 # %% ../nbs/01_state.ipynb #101615ab
-_as_is = int,float,bool,str,type(None)
+_as_is = frozenset((int,float,bool,str,type(None)))
 
 def _scripted(m):
     "What TorchScript holds for the module `m`, less its parameters; of a frozen one, its tensors."
@@ -127,8 +127,14 @@ def _put_scripted(m, old):
         now = m._c.getattr(k)
         if now is not v and not (type(v) in _as_is and now==v): m._c.setattr(k, v)
 
+# %% ../nbs/01_state.ipynb #5a1c0f63
+_usual = frozenset(vars(nn.Module()))
+_kinds = [k for k,v in vars(nn.Module()).items() if isinstance(v, (dict,set))]
+
+def _is_plain(v): return type(v) is tuple and _as_is.issuperset(map(type, v))
+def _own(m): return [(k, v) for k,v in vars(m).items() if k not in _usual and type(v) not in _as_is and not _is_plain(v)]
+
 # %% ../nbs/01_state.ipynb #5a1c0f09
-_usual = vars(nn.Module()).keys()
 _hooks = [k for k in _usual if k.endswith('_hooks')]
 
 _holders = [ # (kind of object, function that gives what it holds)
@@ -146,7 +152,7 @@ def held_by(
     m:nn.Module, # Any module
 )->list: # Pairs (attribute, module)
     "The modules that `m` holds outside of those that are registered, itself aside."
-    return [(k, o) for k,v in vars(m).items() if k not in _usual and type(v) not in _as_is for o in _within(v) if o is not m]
+    return [(k, o) for k,v in _own(m) for o in _within(v) if o is not m]
 
 def all_modules(
     model:nn.Module, # Any model
@@ -195,14 +201,15 @@ class Structure:
         self.modules,self.tensors = [],[]
         for m in all_modules(model):
             own,more = vars(m),{}
-            for k in own.keys()-_usual: _collect(own[k], more, deep)
+            for _,v in _own(m): _collect(v, more, deep)
             if deep:
                 for k in filter(own.get, _hooks): _collect(own[k].copy(), more, deep, 5)
-            held = [o for k,o in own.items() if k in _usual and isinstance(o, (dict,set))]
+            held = [*map(own.get, _kinds)]
             if more:
                 self.tensors += [o for o in more.values() if isinstance(o, Tensor)]
                 held += [o for o in more.values() if not isinstance(o, (Tensor,*_numbers))]
-            full = [(o, o.copy()) for o in held if o]+[(o, copy.copy(o)) for o in more.values() if isinstance(o, _numbers)]
+            full = [(o, o.copy()) for o in held if o and isinstance(o, (dict,set,list,deque))]
+            full += [(o, copy.copy(o)) for o in more.values() if isinstance(o, _numbers)]
             self.modules.append((m, m.__class__, own.copy(), [o for o in held if not o], full, _scripted(m)))
 
     def restore(self):
@@ -252,29 +259,37 @@ class Contents:
 # %% ../nbs/01_state.ipynb #0940e464
 def _version(t): return None if t.is_inference() else t._version
 
-@contextmanager
-def still(
-    model:nn.Module, # Any model
-):
-    "Run `model` in eval mode without gradients; what its modules hold and its buffers are as before afterwards."
-    before = Structure(model, deep=True)
-    modules = [m for m,*_ in before.modules]
-    training = any(getattr(m, 'training', False) for m in modules)
-    held = Contents(model) if training and own_modes(model) else None
-    buffers = {id(b):b for b in (*[b for m in modules for b in m._buffers.values() if b is not None],*before.tensors)}.values()
-    buffers = [(b, _version(b), data := b.data, part := _once(data), part.clone()) for b in buffers]
-    try:
-        if training: model.eval()
-        for m in modules:
-            if getattr(m, 'training', False): m.eval() # it is not the model's own
-        with torch.no_grad(): yield
-    finally:
-        before.restore()
-        for b,version,data,part,saved in buffers:
+class Still:
+    "What the modules of `model` hold now, and its buffers: what is needed to run it any number of times, each as if it were the first."
+    def __init__(self,
+        model:nn.Module, # Any model; nobody else changes it from now on
+    ):
+        self.model,self.before = model,Structure(model, deep=True)
+        self.modules = [m for m,*_ in self.before.modules]
+        self.training = any(getattr(m, 'training', False) for m in self.modules)
+        self.held = Contents(model) if self.training and own_modes(model) else None
+        buffers = {id(b):b for b in (*[b for m in self.modules for b in m._buffers.values() if b is not None],*self.before.tensors)}.values()
+        self.buffers = [(b, _version(b), data := b.data, part := _once(data), part.clone()) for b in buffers]
+
+    def restore(self):
+        "Let `model` be as it was."
+        self.before.restore()
+        for b,version,data,part,saved in self.buffers:
             if is_dense(b) and b.data_ptr()!=data.data_ptr(): b.data = data
             if version is None or b._version!=version or b.dim()==1: # statistics of norms are written to unseen
-                with torch.inference_mode(b.is_inference()), torch.no_grad(): part.copy_(saved)
-        if held: held.restore()
+                with torch.inference_mode() if b.is_inference() else nullcontext(): part.copy_(saved) # neither has a history
+        if self.held: self.held.restore()
+
+    @contextmanager
+    def run(self):
+        "Run `model` in eval mode without gradients; it is as before afterwards."
+        try:
+            if self.training:
+                self.model.eval()
+                for m in self.modules:
+                    if getattr(m, 'training', False): m.eval() # it is not the model's own
+            with torch.no_grad(): yield
+        finally: self.restore()
 
 # %% ../nbs/01_state.ipynb #66781ad1
 def _of_all(m, name): return getattr(m, f'{name}_all', getattr(m, name, None)) # Apple has one GPU
@@ -321,16 +336,17 @@ def _drawn(f):
 # %% ../nbs/01_state.ipynb #5a1c0f4b
 @contextmanager
 def preserved(
-    model:nn.Module, # Any model
+    model, # Any model, or a `Still` of it
     again=None, # Function that does once more what is done inside; None if no other thread draws random numbers
 ):
-    "Run `model` in eval mode without gradients, as `still` does; RNG state is as before afterwards, too, but for what other threads draw."
+    "Run `model` in eval mode without gradients, as `Still` does; RNG state is as before afterwards, too, but for what other threads draw."
     rng,ours = _rng_state(),[True]*4 # after an error, whoever drew
+    still = model if isinstance(model, Still) else Still(model)
     try:
-        with still(model): yield
+        with still.run(): yield
         moved = _moved(rng)
         if again is not None and any(moved):
-            with still(model): moved = _drawn(again) or moved
+            with still.run(): moved = _drawn(again) or moved
         ours = moved
     finally: _set_rng_state(rng, ours)
 
@@ -420,14 +436,14 @@ def _copied(model, memo):
     hows = '__deepcopy__','__reduce__','__reduce_ex__','__getstate__'
     plain = [m for m in model.modules() if all(getattr(type(m), k, None) is getattr(nn.Module, k, None) for k in hows)]
     def value(v):
-        if type(v) in _as_is or type(v) is tuple and all(type(o) in _as_is for o in v): return v
+        if _is_plain(v): return v
         if type(v) in _containers and not v: return memo.setdefault(id(v), type(v)())
         try: return copy.deepcopy(v, memo)
         except TypeError as e: # a lock, an open file, a generator
             if isinstance(v, (nn.Module,Tensor,dict,list,tuple,set)) or isinstance(e, FoldError): raise
             return memo.setdefault(id(v), v)
     for m in plain: memo[id(m)] = type(m).__new__(type(m))
-    for m in reversed(plain): memo[id(m)].__setstate__({k: value(v) for k,v in m.__reduce_ex__(4)[2].items()}) # children first
+    for m in reversed(plain): memo[id(m)].__setstate__({k: v if type(v) in _as_is else value(v) for k,v in m.__reduce_ex__(4)[2].items()}) # children first
     return copy.deepcopy(model, memo)
 
 @growing()

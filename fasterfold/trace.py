@@ -440,14 +440,14 @@ def _in_wholes(model, sample, watch):
     with preserved(model, partial(sample.call, model)), watch or nullcontext(): return returned(model(*args, **kwargs))[0]
 
 # %% ../nbs/04_trace.ipynb #9478a644
-def _record(model, sample, watched):
+def _record(model, sample, watched, still):
     args,kwargs = sample.copied()
     tracer = Tracer(model, (args,kwargs))
     graph,known,watch = tracer.graph,{},Watch(tracer.owns) if watched else None
     if watched:
         tracer.watch = graph.watch = watch
         args,kwargs = watch.numbers((args,kwargs))
-    with preserved(model, partial(sample.call, model)), tracer.hooked(), tracer:
+    with preserved(still or model, partial(sample.call, model)), tracer.hooked(), tracer:
         tracer.listen()
         try:
             with watch or nullcontext(): out = model(*args, **kwargs)
@@ -462,23 +462,24 @@ def _record(model, sample, watched):
     if graph.parted: graph.results = _in_wholes(model, sample, Watch(tracer.owns) if watched else None)
     return graph
 
-def _spelled(model, sample, watched):
-    graph = _record(model, sample, watched)
+def _spelled(*args):
+    graph = _record(*args)
     if all(op.name!='new_empty' for op in graph.ops): return graph
-    with _Spelled(): return _record(model, sample, watched)
+    with _Spelled(): return _record(*args)
 
 @growing()
 def trace(
     model:nn.Module, # The model, in any mode
     sample, # What to call it with
     watched:bool|None=None, # Note what its code asks? None: if it runs with sizes that remember
+    still=None, # A `Still` of the model, if there is one
 )->Graph: # The recorded pass; `results` holds the returned tensors
     "Run `model` on `sample` in eval mode and record what it does. Raises `FoldError` if the model does not accept the sample."
     sample = Sample.of(sample)
-    try: graph = _spelled(model, sample, watched is not False)
+    try: graph = _spelled(model, sample, watched is not False, still)
     except FoldError:
         if watched is not None: raise
-        graph = _spelled(model, sample, False)
+        graph = _spelled(model, sample, False, still)
     graph.idle = _idle(model, sample, graph)
     return graph
 
@@ -486,11 +487,12 @@ def trace(
 def glance(
     model:nn.Module, # The model, in any mode
     sample, # What to call it with
+    still=None, # A `Still` of the model, if there is one
 )->Graph: # Without operations: it has what the model returned and what its code asked
     "Run `model` on `sample` in eval mode, and note what its code asks. Raises whatever the model raises."
     own = {id(b) for b in model.buffers()}
     args,kwargs = (sample := Sample.of(sample)).copied()
-    with preserved(model, partial(sample.call, model)):
+    with preserved(still or model, partial(sample.call, model)):
         with Watch(lambda t: isinstance(t, nn.Parameter) or id(t) in own) as watch:
             args,kwargs = watch.numbers((args,kwargs))
             out = model(*args, **kwargs)
