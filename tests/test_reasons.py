@@ -42,7 +42,7 @@ CASES = { # what is told: (model, input, the norm, its reason)
         'what `conv` (Conv2d) makes also feeds `add` in `the model`, and …'),
     'one norm, one weight twice': (Fn(lambda m,x: m.norm(torch.cat([m.conv(x), m.conv(2*x)], 1)), conv=conv(), norm=norm(8)), image, 'norm',
         '`conv.weight` is used more than once, and different maps are wanted of it, and …'),
-    'one value twice': (Fn(halves, conv=conv(), norm=norm(8)), image, 'norm', 'different maps are wanted of what `conv` (Conv2d) makes, and …'),
+    'one value twice': (Fn(halves, conv=conv(), norm=norm(8)), image, 'norm', 'what `conv` (Conv2d) makes also feeds `flip` in `the model`, and …'),
     'positions': (Fn(positions, conv=conv(), norm=norm()), image, 'norm', 'it reads the positions that `max_pool2d_with_indices` in `the model` found, and …'),
     'grid': (Fn(sampled, norm=norm(2)), image, 'norm', '…, and `grid_sampler_2d` in `the model` takes it as `grid`'),
     'added to a product': (Fn(lambda m,x: torch.addmm(m.norm(x.tanh()), x, x), norm=nn.BatchNorm1d(3)), lambda: torch.randn(3, 3), 'norm',
