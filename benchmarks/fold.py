@@ -20,7 +20,7 @@ from common import chain, described, environment, hostile, in_turns, load, ms, r
 from fasterfold.fold import BN_Folder
 from fasterfold.cost import count_parameters, model_size
 from fasterfold.state import copy_model
-from peers import load_peers, peers
+from peers import any_shape, load_peers, peers
 
 all_models = 'resnet18','resnet50','mobilenet_v3_large','efficientnet_b0','regnet_y_800mf','wide_resnet50_2'
 depths = 100,300,1000,3000    # Norms in a chain of 16 channels
@@ -181,7 +181,7 @@ def page(
 
 @call_parse
 def main(
-    tools:str=','.join(peers),    # Tools to fold with, comma-separated
+    tools:str=','.join(any_shape),    # Tools to fold with, comma-separated
     models:str=','.join(all_models),  # torchvision models to fold, comma-separated
     size:int=224,     # Pixels along a side of the images
     batches:str='8,1,32', # Images in the sample, comma-separated; all is measured with the first, ours and the fastest other tool with the rest
@@ -193,7 +193,7 @@ def main(
     warnings.simplefilter('ignore')
     torch.set_num_threads(1)
     names,sizes,tools,turns = models.split(','),[int(o) for o in batches.split(',')],load_peers(tools.split(',')),2 if quick else turns
-    env = environment(['torch','torchvision',*(d for d,_ in peers.values())])
+    env = environment(['torch','torchvision',*(peers[o][0] for o in any_shape)])
     res = dict(environment=env, speed=[], memory=[], depth=[], width=[]) | load(out, env)
     def _key(r): return r['model'],r['input']
     def _put(kind, row): res[kind] = sorted([r for r in res[kind] if _key(r)!=_key(row)] + [row], key=_key)

@@ -25,7 +25,7 @@ from fasterfold.proof import distance
 from fasterfold.fold import BN_Folder
 from fasterfold.cost import count_parameters
 from fasterfold.state import copy_model
-from peers import load_peers, peers
+from peers import any_shape, load_peers, peers
 
 batches = 1,16
 depths = 10,20,40,80,160     # Layers of a chain of 32 channels
@@ -250,7 +250,7 @@ def page(
 ) -> str:
     "The results as Markdown"
     parts = ['# Latency', f"{described(res['environment'])}. What each column counts is in benchmarks/README.md."]
-    rivals = [k for k in peers if k!=ours]
+    rivals = [k for k in any_shape if k!=ours]
     for (kind,dtype),rows in grouped(res['latency'], 'engine', 'dtype').items():
         groups = by_variant(rows, 'model', 'batch')
         names = list(dict.fromkeys(k for g in groups.values() for k in g if k!=base))
@@ -279,7 +279,7 @@ def _chosen(names, among):
 
 @call_parse
 def main(
-    tools:str=','.join(peers), # Tools to fold with, comma-separated
+    tools:str=','.join(any_shape), # Tools to fold with, comma-separated
     models:str=None, # Models to time, comma-separated; by default all, the last five only with eager and CUDA graph
     engines:str=','.join(all_engines), # What to run them with, comma-separated; those that the device lacks are left out
     device:str='cuda' if torch.cuda.is_available() else 'cpu', # 'cpu' or 'cuda'
@@ -299,7 +299,7 @@ def main(
     dtypes,tools = [torch.float32,torch.float16] if device=='cuda' else [torch.float32],load_peers(tools.split(','))
     if missing := [k for k in kinds if any(find_spec(d) is None for d in dists.get(k, []))]:
         raise SystemExit(f"{', '.join(missing)} cannot be imported: pip install -e '.[dev,bench]', or choose other --engines")
-    env = environment(['torch','torchvision','fastai',*(d for d,_ in peers.values()),*(o for d in dists.values() for o in d)], device)
+    env = environment(['torch','torchvision','fastai',*(peers[o][0] for o in any_shape),*(o for d in dists.values() for o in d)], device)
     res = dict(environment=env, latency=[], depth=[], width=[]) | load(out, env)
     with torch.no_grad(), tqdm(total=sum(map(len, names.values()))*len(dtypes)*len(sizes)+2) as bar:
         for name,kinds in names.items():

@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import nn
 
-__all__ = ['peers', 'Peer', 'load_peers']
+__all__ = ['peers', 'any_shape', 'Peer', 'load_peers']
 
 @dataclass
 class Peer:
@@ -48,6 +48,34 @@ def _aimet():
         return model,[]
     return _fold
 
+@peer('torchao', 'torchao')
+def _torchao():
+    from torchao.quantization.pt2e.utils import _fuse_conv_bn_, _fuse_linear_bn_
+    def _fold(model, sample):
+        model = torch.export.export(model, sample).module()
+        for fuse in _fuse_conv_bn_,_fuse_linear_bn_: fuse(model)
+        return model,[]
+    return _fold
+
+@peer('mct', 'model-compression-toolkit')
+def _mct():
+    from model_compression_toolkit import get_target_platform_capabilities
+    from model_compression_toolkit.core import QuantizationConfig
+    from model_compression_toolkit.core.common.model_builder_mode import ModelBuilderMode
+    from model_compression_toolkit.core.graph_prep_runner import graph_preparation_runner
+    from model_compression_toolkit.core.pytorch.default_framework_info import DEFAULT_PYTORCH_INFO as info
+    from model_compression_toolkit.core.pytorch.pytorch_implementation import PytorchImplementation
+    from model_compression_toolkit.target_platform_capabilities.targetplatform2framework.attach2pytorch import AttachTpcToPytorch
+    class _Impl(PytorchImplementation):
+        def to_tensor(self, x): return x # its own makes all samples float32, indices and float64 among them
+    # It would also merge convolutions, in float32 whatever the model is in: 1e-6 off in float64
+    impl,config = _Impl(),QuantizationConfig(linear_collapsing=False, residual_collapsing=False)
+    target = AttachTpcToPytorch().attach(get_target_platform_capabilities())
+    def _fold(model, sample):
+        graph = graph_preparation_runner(model, lambda: iter([sample]), config, info, impl, target)
+        return impl.model_builder(graph, mode=ModelBuilderMode.FLOAT, append2output=None, fw_info=info)[0],[]
+    return _fold
+
 @peer('fasterfold', 'fasterfold')
 def _fasterfold():
     BN_Folder = import_module('fasterfold.fold').BN_Folder
@@ -55,6 +83,8 @@ def _fasterfold():
         folder = BN_Folder()
         return folder.fold(model, sample), [(o.norm,o.reason,o.calls) for o in folder.result.kept]
     return _fold
+
+any_shape = [o for o in peers if o not in ('torchao','mct')] # What these two fold takes inputs of one shape
 
 class _Small(nn.Module):
     "One foldable norm of each common kind, to get a tool's first-use imports out of the way"

@@ -28,6 +28,7 @@ from peers import Peer, load_peers, peers
 root = Path(__file__).parents[1]
 work = root/'benchmarks'/'.zoo'   # The log of what has been measured, and the sizes of timm's models
 cpu_secs,gigabytes,patience = 300,20,4 # Limits of one step; wall time may be `patience` times the CPU time
+base = 'torch','timm','torchvision','fastai' # What all tools run on
 wrong_above = 1e-6 # Relative error in float64 from which a fold is wrong; that of a right one is near 1e-13
 
 # ---- The models
@@ -284,6 +285,8 @@ def _published():
     "The rows of which zoo.json was made: the log of whoever measured them may be elsewhere"
     if not (results/'zoo.json').exists(): return
     z = json.loads((results/'zoo.json').read_text())
+    for o in base:
+        if o in z['releases']: yield dict(key='', tool=o, version=z['releases'][o])
     for m in z['models']:
         key = f"{m['collection']}/{m['name']}"
         yield dict(key=key, tool='original', **{k: m[k] for k in ('params','norms','own')})
@@ -307,9 +310,11 @@ def run_zoo(
     "Measure what is not in the log yet"
     log = {} if redo else read_log()
     def _todo(o): return [] if 'over' in log.get((o.key,'original'), {}) else [n for n in names if (o.key,n) not in log]
-    todo = [(o,missing) for o in entries if o.params<=limit*1e6 and (missing := _todo(o))]
+    def _params(o): return log.get((o.key,'original'), {}).get('params') or o.params
+    todo = [(o,missing) for o in entries if _params(o)<=limit*1e6 and (missing := _todo(o))]
     if not todo: return
     tools = load_peers(names)
+    for o in base: write_log(dict(key='', tool=o, version=version(o)))
     for entry,missing in (bar := tqdm(todo)):
         bar.set_postfix_str(entry.key)
         r = in_fork(lambda: measure_model(entry, [tools[o] for o in missing], write_log, limit), wall=False)
@@ -359,7 +364,9 @@ def merge():
     for o in models,unmeasured: o.sort(key=lambda m: order(f"{m['collection']}/{m['name']}"))
     for r in log.values():
         if 'version' in r: releases[r['tool']] = r['version']
-    releases = {**{o: version(o) for o in ('torch','timm','torchvision','fastai')}, **{o: releases[o] for o in peers if o in releases}}
+    releases = {o: releases[o] for o in [*base,*peers] if o in releases}
+    tried = {t for m in models for t in m['tools']}
+    alike = [m for m in models if len(m['tools'])==len(tried)]
     kept = defaultdict(list)
     for m in models:
         for norm,reason,calls in m['tools'].get('fasterfold', {}).get('kept', []): kept[_generic(reason)].append((calls, m['name']))
@@ -376,7 +383,8 @@ def merge():
         return (r.get('crash') or r['over']) + (' (in float64)' if 'dtype' in r else '')
     failed = [_row(m, t, outcome=r['outcome'], why=_why(r)) for m in models for t,r in m['tools'].items() if r['outcome']!='right']
     head = dict(releases=releases, python=platform.python_version(), limits=dict(cpu_seconds=cpu_secs, gigabytes=gigabytes), wrong_above=wrong_above,
-        summary=summarise(models), reasons=reasons, peers_ahead=ahead, failed=failed, unmeasured=unmeasured)
+        summary=summarise(models), summary_alike=summarise(alike) if len(alike)<len(models) else [],
+        reasons=reasons, peers_ahead=ahead, failed=failed, unmeasured=unmeasured)
     results.mkdir(parents=True, exist_ok=True)
     rows = ',\n'.join(json.dumps(o) for o in models) # one model a line, so that differences read well
     (results/'zoo.json').write_text(json.dumps(head, indent=1)[:-2] + f',\n "models": [\n{rows}\n]}}\n')
@@ -389,9 +397,10 @@ def _page(z):
     def _sums(o): return o['zoo'],o['tool'],o['models'],f"{o['norms']:,}",f"{o['removed']:,}",_pct(o['removed'], o['norms'])
     def _faults(o): return o['crashes'],o['wrong'],o['over'],_fmt(o['seconds'], '.2f'),_fmt(o['error_ratio'], '.2f')
     head = 'zoo,tool,models,norm calls,removed,%,crashes,wrong,over limits,median s to fold,median error ÷ own'.split(',')
-    summary = table(head, [[*_sums(o), *_faults(o)] for o in z['summary']])
+    def _summary(rows): return table(head, [[*_sums(o), *_faults(o)] for o in rows])
     releases = ', '.join(f'{k} {v}' for k,v in z['releases'].items())
-    parts = ['# The zoos, side by side', f'{releases}. What each column counts is in benchmarks/README.md.', summary]
+    parts = ['# The zoos, side by side', f'{releases}. What each column counts is in benchmarks/README.md.', _summary(z['summary'])]
+    if z['summary_alike']: parts += ['## On the models that all tools have been tried with', _summary(z['summary_alike'])]
     if z['reasons']:
         rows = [[o['calls'],o['norms'],o['reason'],_few(o['models'])] for o in z['reasons']]
         parts += ['## Norms fasterfold keeps, and why', table(['calls','norms','reason','models'], rows)]

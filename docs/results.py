@@ -5,7 +5,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'benchmarks'))
 from common import by_variant, described, grouped, helped, typical
 
-names = {'fasterai':'fasterai', 'torch.fx':'torch.fx', 'aimet':'AIMET', 'fasterfold':'fasterfold'}
+names = {'fasterai':'fasterai', 'torch.fx':'torch.fx', 'aimet':'AIMET', 'torchao':'torchao', 'mct':'MCT', 'fasterfold':'fasterfold'}
 zoos = 'timm','torchvision','fastai'
 
 def load(path:Path): return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
@@ -16,9 +16,12 @@ def table(head:list, rows:list, right:set=frozenset())->str:
     line = lambda r: '| '+' | '.join(map(cell, r))+' |'
     return '\n'.join([line(head), line(['---:' if i in right else '---' for i in range(len(head))]), *map(line, rows)])
 
-def common(zoo:dict)->list:
-    "The models with norms that all tools have been tried on."
-    return [m for m in zoo['models'] if m.get('norms') and set(names)<=set(m.get('tools', {}))]
+def sides(zoo:dict)->list: # Pairs (tools, models)
+    "What can be compared: the tools that most models have been tried with, then all tools, if some have been tried on fewer; each time on the models with norms that all of them share."
+    normed = [m for m in zoo['models'] if m.get('norms')]
+    n = {t: sum(t in m.get('tools', {}) for m in normed) for t in names}
+    both = dict.fromkeys(tuple(t for t in names if n[t]>least) for least in (max(n.values())/2, 0))
+    return [(ts, [m for m in normed if set(ts)<=set(m['tools'])]) for ts in both if ts]
 
 def removed(m:dict, tool:str)->int:
     "Norm calls that `tool` removed from `m`; none where it crashed or was wrong."
@@ -28,20 +31,28 @@ def removed(m:dict, tool:str)->int:
 def share(ms:list, tool:str)->float: return sum(removed(m, tool) for m in ms)/max(sum(m['norms'] for m in ms), 1)
 def count(ms:list, tool:str, outcome:str)->int: return sum(m['tools'][tool]['outcome']==outcome for m in ms)
 
-def comparison(zoo:dict|None)->str:
-    "The table of all tools in Markdown: how many norm calls are gone, how often a tool crashed, how often it was wrong."
-    ms = common(zoo) if zoo else []
-    if not ms: return 'No tools have been compared yet: `make zoo` does it.'
+def side_by_side(zoo:dict, tools:tuple, ms:list)->str:
+    "A table in Markdown: how many norm calls are gone, how often a tool crashed, how often it was wrong."
     rows = []
     for z in zoos:
         some = [m for m in ms if m['collection'].split()[0]==z]
-        if some: rows.append([f"norms removed, {z} ({len(some)} models, {sum(m['norms'] for m in some):,} norms)", *(f'{share(some, t):.0%}' for t in names)])
-    rows.append(['models it crashed on', *(count(ms, t, 'crash') for t in names)])
-    rows.append(['models it returned wrong', *(count(ms, t, 'wrong') for t in names)])
-    if any(count(ms, t, 'over') for t in names): rows.append(['models too slow or too big for it', *(count(ms, t, 'over') for t in names)])
+        if some: rows.append([f"norms removed, {z} ({len(some)} models, {sum(m['norms'] for m in some):,} norms)", *(f'{share(some, t):.0%}' for t in tools)])
+    rows.append(['models it crashed on', *(count(ms, t, 'crash') for t in tools)])
+    rows.append(['models it returned wrong', *(count(ms, t, 'wrong') for t in tools)])
+    if any(count(ms, t, 'over') for t in tools): rows.append(['models too slow or too big for it', *(count(ms, t, 'over') for t in tools)])
     rows = [[*r[:-1], f'**{r[-1]}**'] for r in rows]
-    head = ['', *(f"{n} {zoo['releases'].get(t, '')}".strip() for t,n in names.items())]
-    return table(head, rows, {1,2,3,4})
+    head = ['', *(f"{names[t]} {zoo['releases'].get(t, '')}".strip() for t in tools)]
+    return table(head, rows, {*range(1, len(head))})
+
+def comparison(zoo:dict|None)->str:
+    "The tables of all tools."
+    parts = sides(zoo) if zoo else []
+    if not parts: return 'No tools have been compared yet: `make zoo` does it.'
+    res = [side_by_side(zoo, *parts[0])]
+    for ts,ms in parts[1:]:
+        more = ' and '.join(names[t] for t in ts if t not in parts[0][0])
+        res += [f"{more} on {len(ms)} of these models, none of more than {max(m['params'] for m in ms)/1e6:.0f} million parameters:", side_by_side(zoo, ts, ms)]
+    return '\n\n'.join(res)
 
 def bars(groups:list, show, label:str, top:float=None)->str:
     "Horizontal bars as SVG in the colours of the page: `groups` are pairs (heading, [(name, value, is it ours?)])."
@@ -69,9 +80,9 @@ def _says(m, tool):
     return '' if t is None else str(t['norms']) if t['outcome']=='right' else t['outcome']
 
 def zoo_part(zoo:dict|None)->str:
-    if not zoo or not common(zoo): return comparison(None)
-    ms = common(zoo)
-    groups = [(z, [(n, share(some, t), t=='fasterfold') for t,n in names.items()]) for z in zoos if (some := [m for m in ms if m['collection'].split()[0]==z])]
+    if not zoo or not sides(zoo): return comparison(None)
+    (tools,ms),tried = sides(zoo)[0],sides(zoo)[-1][0]
+    groups = [(z, [(names[t], share(some, t), t=='fasterfold') for t in tools]) for z in zoos if (some := [m for m in ms if m['collection'].split()[0]==z])]
     parts = [f"All tools folded the same {len(ms)} models, with the same weights. Those are random, those of the norms included, so that a norm lost or counted twice shows. "
         "What is counted is norm *calls* in one forward pass; a tool that crashes, or returns a model that computes something else, has removed none. "
         "What exactly was measured, and how to measure it again, is said in `benchmarks/README.md`.",
@@ -81,8 +92,8 @@ def zoo_part(zoo:dict|None)->str:
         rows = [[o['calls'], o['reason'], ', '.join(o['models'][:3])+(f" and {len(o['models'])-3} more" if len(o['models'])>3 else '')] for o in zoo['reasons'][:12]]
         parts += ['### Why norms stay', 'The commonest reasons for which fasterfold kept a norm, with names of layers left out. [Limits](limits.ipynb) explains them.',
             table(['norm calls','reason','in'], rows, {0})]
-    rows = [[f"{m['collection']}/{m['name']}", m['norms'], *(_says(m, t) for t in names)] for m in ours if m.get('norms')]
-    parts += ['### Every model', details(f'Norm calls before and after, for {len(rows)} models', ['model','before',*names.values()], rows, {1,2,3,4,5})]
+    rows = [[f"{m['collection']}/{m['name']}", m['norms'], *(_says(m, t) for t in tried)] for m in ours if m.get('norms')]
+    parts += ['### Every model', details(f'Norm calls before and after, for {len(rows)} models', ['model','before',*(names[t] for t in tried)], rows, {*range(1, len(tried)+2)})]
     faults = [o for o in zoo.get('failed', [])]
     if faults:
         rows = [[f"{o['collection']}/{o['name']}", names.get(o['tool'], o['tool']), o['outcome'], (o.get('why') or '')[:160]] for o in faults]

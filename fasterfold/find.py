@@ -87,7 +87,7 @@ def norm_call(
     y = v = own[-1].out
     stay = []
     for c in call.children:
-        if c.ins!=[v] or c.out is None or c.children or c.out.shape!=v.shape: return None
+        if c.ins!=[v] or c.given>1 or c.keys or c.out is None or c.children or c.out.shape!=v.shape: return None
         if c.ops or c.out is not v or type(c.module) is not nn.Identity: stay.append(c.module)
         v = c.out
     if v is not call.out or y.shape!=x.shape or any(c.ops and c.ops[0].index<own[-1].index for c in call.children): return None
@@ -105,7 +105,7 @@ class Kept:
 def _other(call):
     "Why a call that runs batch normalizations is no norm."
     if not isinstance(call.module, _BatchNorm): return f"`batch_norm` is called as a function in `{type(call.module).__name__}.forward`, which cannot be edited"
-    if len(call.ins)!=1: return "it is not called with one tensor, by position"
+    if len(call.ins)!=1: return "it is called by keyword with several tensors or one that is written to" if call.keys else "it is not called with one tensor"
     return f"`{type(call.module).__name__}.forward` does more than scale and shift each channel of its input"
 
 def _read_norm(call, n, ctx):
@@ -119,8 +119,13 @@ def _read_norm(call, n, ctx):
     except Blocked as e: return None, (scripted or str(e)) if n else None
     if c is not None and c.map is not None and (n or c.map.scales):
         if scripted: return None,scripted
-        return (c,None) if call.given==1 else (None,"it is called with more than its input, which an `nn.Identity` does not take")
+        if call.plain and not (call.keys and c.stay): return c,None
+        what = f"`{call.keys[0]}=`" if call.given==1 else "more than its input"
+        return None,f"it is called with {what}, which {'what stays of it need' if call.plain else 'an `nn.Identity` does'} not take"
     return None, (scripted or _other(call)) if n else None
+
+# %% ../nbs/05_find.ipynb #a168c914
+def _counts(m, o): return 'batch_norm' in o.name and (isinstance(m, _BatchNorm) or o.args.get('running_mean') is not None) and any(not v.const for v in o.inputs)
 
 def find_norms(
     graph:Graph, # A traced forward pass
@@ -128,7 +133,7 @@ def find_norms(
     "The norms of a trace, by module."
     norms,broken,ctx,ran = {},{},Context(),{c.module for c in graph.calls}
     for call in graph.calls:
-        m,n = call.module,sum('batch_norm' in o.name and any(not v.const for v in o.inputs) for o in call.ops)
+        m,n = call.module,sum(_counts(call.module, o) for o in call.ops)
         c,why = _read_norm(call, n, ctx)
         if c is not None: norms.setdefault(m, []).append(c)
         elif why: broken.setdefault(m, Kept(call.name or '', why, 0)).calls += n

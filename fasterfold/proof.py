@@ -31,8 +31,11 @@ class Proof:
 
     def __getstate__(self): return vars(self) | dict(on=self.on and str(self.on)) # a copy or a pickle has it in words
 
+# %% ../nbs/09_proof.ipynb #d2e86ff8
+def _real(a, b): return [torch.view_as_real(t.resolve_conj()) for t in (a,b)] if a.is_complex() and b.is_complex() else (a,b)
+
 def _apart(a, b):
-    if a.is_complex() and b.is_complex(): a,b = (torch.view_as_real(t.resolve_conj()) for t in (a,b))
+    a,b = _real(a, b)
     if not b.is_floating_point(): return 0. if torch.equal(a, b.to(a.device)) else float('inf')
     a,b = wide(a),wide(b)
     fin = b.isfinite()
@@ -77,8 +80,10 @@ class _Cast(Dispatch):
 
     def _place(self, device): return device if self.dtype is not torch.float64 or has_float64(device.type) else torch.device('cpu')
 
+    def _as(self, dtype): return self.dtype if dtype.is_floating_point else self.dtype.to_complex() if dtype.is_complex else dtype
+
     def _tensor(self, t):
-        place,dtype = self._place(t.device),self.dtype if t.is_floating_point() else t.dtype
+        place,dtype = self._place(t.device),self._as(t.dtype)
         if t in self.edits:
             old,maps = self.edits[t]
             return edited(old.to(place), maps, dtype)
@@ -91,7 +96,7 @@ class _Cast(Dispatch):
         if self.casting: return a
         if type(a) in (list,tuple): return type(a)(map(self.cast, a))
         if type(a) is dict: return {k: self.cast(v) for k,v in a.items()}
-        if isinstance(a, torch.dtype): return self.dtype if a.is_floating_point else a
+        if isinstance(a, torch.dtype): return self._as(a)
         if not isinstance(a, (Tensor,torch.device)): return a
         self.casting = True # its own operations are none of the model's
         try: return self._tensor(a) if isinstance(a, Tensor) else self._place(a)
@@ -124,7 +129,7 @@ def run_as(
 
 # %% ../nbs/09_proof.ipynb #e65f1dc7
 def largest(outs, refs):
-    pairs = [(a,b) for a,b in zip(outs, refs) if a.shape==b.shape and a.numel() and b.is_floating_point()]
+    pairs = [(a,b) for a,b in map(_real, outs, refs) if a.shape==b.shape and a.numel() and b.is_floating_point()]
     return max([(wide(a)-wide(b)).abs().max().item() for a,b in pairs], default=0.)
 
 def eps_of(model): return max([torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()], default=torch.finfo(torch.float32).eps)

@@ -15,7 +15,7 @@ from .rules import Blocked, Context, pull_through, push_through
 from .rules.core import need
 from .rules.shapes import JOINS, STEPS
 from .rules.windows import LINEAR
-from .state import is_dense
+from .state import is_dense, overlapping
 from .trace import Graph
 
 # %% ../nbs/05_spread.ipynb #ea1de59d
@@ -42,10 +42,9 @@ class Network:
         self.readers,self.seen = {},{} # by what is left of several values: who reads them, and who sees one of them from outside
         self.owners = {n:m for m,names in graph.modules.items() for n in names}
         self.ran,self.exposed = {c.module for c in graph.calls},_exposed(graph)
-        self.twins = defaultdict(list) # storage to the leaves in it
+        held = [v for v in graph.leaves if v.tensor is not None and is_dense(v.tensor)]
+        self.twins = {held[i]:held[j] for i,j in overlapping([v.tensor for v in held])} # leaf to one that has some of its numbers
         self.stops = {} # value to what lets no shift of it pass
-        for v in graph.leaves:
-            if v.store>=0: self.twins[v.store].append(v)
 
     def rep(self, v):
         "The value that is left of `v` after the norms that are gone."
@@ -83,11 +82,10 @@ def bound(self:Network, v):
 # %% ../nbs/05_spread.ipynb #a1c6d10f
 @patch
 def alone(self:Network, v):
-    "Raise `Blocked` if the parameter `v` is sparse or nested, of integers, a view of another, part of TorchScript, not saved, or tied to a module that did not run."
+    "Raise `Blocked` if the parameter `v` is sparse or nested, of integers, in part another, part of TorchScript, not saved, or tied to a module that did not run."
     if not v.dtype.is_floating_point: raise Blocked(f"`{v.names[0]}` is {'complex' if v.dtype.is_complex else 'not of floating-point numbers'}")
     if v.tensor is not None and not is_dense(v.tensor): raise Blocked(f"`{v.names[0]}` is sparse or nested")
-    twins = [t for t in self.twins.get(v.store, []) if t is not v]
-    if twins: raise Blocked(f"`{v.names[0]}` shares its memory with `{twins[0].names[0]}`")
+    if v in self.twins: raise Blocked(f"`{v.names[0]}` shares its memory with `{self.twins[v].names[0]}`")
     owners = {self.owners[n.rpartition('.')[0]]:n for n in v.names}
     scripted = [n for m,n in owners.items() if isinstance(m, torch.jit.ScriptModule)]
     if scripted: raise Blocked(f"`{scripted[0]}` is part of TorchScript, of which nothing is edited")

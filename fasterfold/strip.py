@@ -19,7 +19,7 @@ from .trace import Graph, user_hooks
 # %% ../nbs/10_strip.ipynb #0a005d16
 _drop = re.compile('Drop|StochasticDepth')
 
-def _does_nothing(calls): return all(c.ins==[c.out] and c.given==1 for c in calls)
+def _does_nothing(calls): return all(c.ins==[c.out] and c.plain for c in calls)
 
 def strip_dropout(
     model:nn.Module, # The traced model, changed in place

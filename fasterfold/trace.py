@@ -92,9 +92,15 @@ class Call:
     parent:'Call' # The call it happened in
     ops:list = field(default_factory=list) # Operations run by its own code, not by a child's
     children:list = field(default_factory=list) # Calls of other modules inside it
-    ins:list = field(default_factory=list) # Values among the positional arguments
+    ins:list = field(default_factory=list) # Values among the positional arguments; if there are none, among those by keyword
     given:int = 0 # How many arguments there are
+    keys:tuple = () # The names of those that are given by keyword
     out:Value = None # The value it returned, if it returned one tensor
+    start:int = 0 # Index of the next operation when it began
+    @property
+    def plain(self):
+        "Would an `nn.Identity` take what it was given?"
+        return self.given==1 and self.keys in ((),('input',))
     def all_ops(self): return sorted(self.ops + [o for c in self.children for o in c.all_ops()], key=lambda o: o.index)
 
 @dataclass(eq=False)
@@ -290,7 +296,7 @@ def _enter_module(self:Tracer, m, args):
     if get_ident()!=self.thread: return
     given = [t for t in args if isinstance(t, Tensor)]
     ins = [self.value(t) for t in given]
-    call = Call(m, self.graph.modules.get(m, [None])[0], self.stack[-1] if self.stack else None, ins=ins, given=len(args))
+    call = Call(m, self.graph.modules.get(m, [None])[0], self.stack[-1] if self.stack else None, ins=ins, given=len(args), start=len(self.graph.ops))
     if call.parent is not None: call.parent.children.append(call)
     self.graph.calls.append(call)
     self.stack.append(call)
@@ -302,10 +308,17 @@ def _exit_module(self:Tracer, m, args, *rest):
     *kwargs,out = rest # after an exception, torch passes no keyword arguments
     call = self.stack.pop()
     while call.module is not m: call = self.stack.pop() # calls that ended in an exception the model caught
-    call.given += sum(map(len, kwargs))
+    if kwargs: self._by_keyword(call, *kwargs)
     if isinstance(out, Tensor): call.out = self.value(out)
-    self._watch(m, out)
+    self._watch(m, (*kwargs,out))
     if isinstance(m, torch.jit.ScriptModule): self._doubt(call, args, kwargs, out)
+
+# %% ../nbs/04_trace.ipynb #adce3fd6
+@patch
+def _by_keyword(self:Tracer, call, given):
+    "Note what `call` was given by keyword; a tensor that it wrote to meanwhile is another value than the one it was given."
+    call.keys,call.given = tuple(given),call.given+len(given)
+    if not call.ins: call.ins += [v for v in (self.value(t) for t in given.values() if isinstance(t, Tensor)) if v.time<call.start]
 
 @patch
 def _watch(self:Tracer, m, seen):
@@ -357,15 +370,20 @@ def hooked(self:Tracer):
 _bn_ops = ('native_batch_norm','cudnn_batch_norm','_native_batch_norm_legit_no_training')
 _biased = (nn.modules.conv._ConvNd,nn.Linear),dict(bias=0.)
 _scaled = (nn.modules.batchnorm._BatchNorm,nn.LayerNorm,nn.GroupNorm),dict(weight=1., bias=0.)
+def _deforms(op, m):
+    "Does torchvision's `DeformConv2d`, known by its module since PyTorch does not need torchvision, run with zeros for the bias that it lacks?"
+    return op.name=='deform_conv2d' and type(m).forward.__module__=='torchvision.ops.deform_conv' and m.bias is None
+
 _optional = dict.fromkeys(('convolution','mm','bmm'), _biased) | dict.fromkeys((*_bn_ops,'native_layer_norm','native_group_norm'), _scaled)
 
 def _add_absent(op, graph, known):
     "Give `op` a value for the weight or bias its layer could have but has not; `known` are those that other operations got."
     kinds,fills = _optional.get(op.name, ((),{}))
     m = op.call.module if op.call is not None else None
-    if not isinstance(m, kinds): return
+    if (deforms := _deforms(op, m)): fills = dict(bias=0.)
+    elif not isinstance(m, kinds): return
     for k,fill in fills.items():
-        if op.args.get(k) is not None or k not in m._parameters or m._parameters[k] is not None or k in graph.asked.get(m, ()): continue
+        if op.args.get(k) is not None and not deforms or k not in m._parameters or m._parameters[k] is not None or k in graph.asked.get(m, ()): continue
         if (m,k) not in known:
             dim = -1 if op.name in ('mm','bmm','native_layer_norm') else 1
             dtype = m.weight.dtype if k=='bias' and getattr(m, 'weight', None) is not None else op.out.dtype

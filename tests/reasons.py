@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 from torch import jit,strided
 from fasterfold.find import norm_call
 from fasterfold.rules import PULL,PUSH,Context
+from fasterfold.state import overlapping
 from fasterfold.trace import Value,user_hooks
 
 Side = namedtuple('Side', 'values ops') # what lies on one side of a norm, up to the next weights
@@ -51,7 +52,7 @@ class Around:
         return seen
     @cached_property
     def back(self):
-        values = self.made_from([n.x for n in self.norms], lambda o: o.name in PULL and not any(k in o.name for k in ('convolution','embedding','norm')))
+        values = self.made_from([n.x for n in self.norms], lambda o: o.name in PULL and not any(k in o.name for k in ('conv','embedding','norm')))
         return Side(values, {v.op for v in values}-{None}-self.gone)
     @cached_property
     def forward(self):
@@ -62,7 +63,7 @@ class Around:
             values.update(self.same(v))
             for o in self.users(v):
                 ops.add(o)
-                if o.name in PUSH and 'batch_norm' not in o.name and (o.name!='convolution' or o.args.bias is None):
+                if o.name in PUSH and not any(k in o.name for k in ('batch_norm','deform','rnn')) and (o.name!='convolution' or o.args.bias is None):
                     todo += [u for u in o.outs if u is not None]
         weights = self.made_from([v for o in ops for v in o.inputs if v.const], lambda o: True)
         return Side(values|weights, ops|{v.op for v in weights}-{None})
@@ -77,7 +78,7 @@ def varies(*vs): return all(isinstance(v, Value) and not v.const for v in vs)
 def several(o): return sum(map(varies, o.inputs))>1
 def twice(o, n): return len({*map(n.rep, o.inputs)})<len(o.inputs)
 def named(*parts): return lambda o,n: any(p in o.name for p in parts)
-def lacks(k): return lambda o,n: o.args.get(k) is None or o.args.get('beta')==0
+def lacks(k): return lambda o,n: not isinstance(o.args.get(k), Value) or o.args.get('beta')==0 or 'deform' in o.name and not o.args[k].const
 def plain(o): return any(not isinstance(o.args.get(k, o.out), Value) for k in ('self','other')) or abs(o.args.get('alpha', 1))!=1
 def picks(o, n): return any(v is not None and v.users for v in o.outs[1:])
 
@@ -87,23 +88,23 @@ OPS = { # what a reason says of an operation `#`: what must hold of the operatio
     "it is followed by #": lambda o,n: o.name not in PUSH or _odd(o, n),
     "it is added to something else in #": lambda o,n: o.name in ('add','sub','rsub') and varies(*o.inputs) or 'add' in o.name and varies(o.args.self),
     "it is multiplied by something else in #": lambda o,n: o.name in ('mul','div') and varies(*o.inputs),
-    "it meets #, whose weight is not fixed": lambda o,n: named('convolution','mm')(o, n) and several(o),
+    "it meets #, whose weight is not fixed": lambda o,n: named('conv','mm','rnn')(o, n) and several(o),
     "it reads the positions that # found|# also says which values it picks": picks,
     "not every output of # sees every input": lambda o,n: o.args.transposed,
     r"it comes after a product \(#\), which takes no shift|# multiplies by zero": named('mul','div'),
     r"# takes a number that is no part of the model \(a buffer would be\)": lambda o,n: not o.out.const and plain(o),
-    r"# takes it as `(\w+)`": lambda o,n,k: [*o.args].index(k)>0,
+    r"# takes it as `(\w+)`": lambda o,n,k: k in [*o.args][1:],
     "# adds values that are scaled differently": lambda o,n: o.name in ('add','sub','rsub') and len(o.inputs)==2,
     "# adds values that the map would change": named('constant_pad'),
     "# adds (?:it to something else|something to it)|# collects a part of it": named('scatter','index_add'),
-    "# cannot scale each position differently": named('convolution','mm','norm','embedding','unfold'),
+    "# cannot scale each position differently": named('conv','mm','norm','embedding','unfold','rnn'),
     "# cannot take it up": named('batch_norm'),
     "# computes a weight": lambda o,n: o.out.const,
     "# copies it, and the copies differ": lambda o,n: 'index' in o.name or any(prod(v.shape)<prod(o.out.shape) for v in o.inputs),
     "# crops": lambda o,n: any(k<0 for k in o.args.pad),
     "# divides by it": lambda o,n: o.name=='div' and varies(o.args.other),
-    "# does not let a negative scale pass": lambda o,n: named('relu','abs','max','min','median','scatter')(o, n) and n.falls,
-    "# does not let a shift pass": named('relu','abs','avg_pool','grid_sampler','scatter','index_add'),
+    "# does not let a negative scale pass": lambda o,n: named('relu','abs','max','min','median','scatter','std','var')(o, n) and n.falls,
+    "# does not let a shift pass": named('relu','abs','avg_pool','grid_sampler','scatter','index_add','std','var','deform'),
     "# does not let a shift pass, since its mask may hide everything": lambda o,n: any(o.args.get(k) is not None for k in ('attn_mask','attn_bias')),
     "# drops some of it at random": lambda o,n: o.args.dropout_p,
     "# has no bias to take the shift": lacks('bias'),
@@ -112,7 +113,7 @@ OPS = { # what a reason says of an operation `#`: what must hold of the operatio
     "# joins empty tensors": lambda o,n: any(0 in v.shape or not v.rank for v in o.inputs),
     "# lets no map pass": lambda o,n: 'other' in o.args or not o.args.self.rank,
     "# may select anything": lambda o,n: 'index' in o.name and not all(v.const for v in o.inputs[1:]),
-    "# mixes values that are scaled differently": named('pool','sampl','pad','mean','sum','max','min','median','attention','index_add','scatter'),
+    "# mixes values that are scaled differently": named('pool','sampl','pad','mean','sum','max','min','median','attention','index_add','scatter','std','var'),
     "# multiplies it with itself": lambda o,n: named('mm','attention')(o, n) and several(o),
     "# multiplies what it collects": lambda o,n: o.args.reduce=='prod',
     "# pads with zeros, which are not shifted": lambda o,n: o.name=='convolution' and any(o.args.padding),
@@ -151,7 +152,7 @@ FORMS = { # all other reasons: what must hold of the `Around` and the `Side`
     "`([^`]+)` is also used by #": lambda n,s,w,l: len(n.users(lent(n, s, w)))>1 and reads(n, [leaf(n, w)], l),
     "`([^`]+)` is used more than once, and different maps are wanted of it": lambda n,s,w: len(n.users(lent(n, s, w)))>1,
     "`([^`]+)` is sparse or nested": lambda n,s,w: lent(n, s, w).nested or lent(n, s, w).tensor.layout is not strided,
-    "`([^`]+)` shares its memory with `([^`]+)`": lambda n,s,w,u: leaf(n, w) is not leaf(n, u) and lent(n, s, w).store==leaf(n, u).store,
+    "`([^`]+)` shares its memory with `([^`]+)`": lambda n,s,w,u: leaf(n, w) is not leaf(n, u) and overlapping([leaf(n, w).tensor,leaf(n, u).tensor]),
     "`([^`]+)` is part of TorchScript, of which nothing is edited": lambda n,s,w: isinstance(owner(n, w), jit.ScriptModule),
     "`([^`]+)` is tied to `([^`]+)`, which did not run on the sample": lambda n,s,w,u: lent(n, s, w) is leaf(n, u) and not runs(n, u.rpartition('.')[0]),
     "it is no norm each time it runs": lambda n,s: len(n.norms)<len(n.calls) or any(a is None for a in n.maps),
@@ -166,7 +167,9 @@ FORMS = { # all other reasons: what must hold of the `Around` and the `Side`
     "it ran on an empty tensor: fold with a sample that fills it": lambda n,s: any(0 in v.shape for c in n.calls for v in c.ins),
     "it is TorchScript, of which nothing is edited": lambda n,s: isinstance(n.module, jit.ScriptModule),
     "it is called with more than its input, which an `nn.Identity` does not take": lambda n,s: any(c.given>1 for c in n.calls),
-    "it is not called with one tensor, by position": lambda n,s: any(len(c.ins)!=1 for c in n.calls),
+    r"it is called with `(\w+)=`, which (an `nn.Identity` does|what stays of it need) not take": lambda n,s,k,who: any(c.keys==(k,) and (who[0]=='w' or k!='input') for c in n.calls),
+    "it is called by keyword with several tensors or one that is written to": lambda n,s: any(c.keys and len(c.ins)!=1 for c in n.calls),
+    "it is not called with one tensor": lambda n,s: any(len(c.ins)!=1 for c in n.calls),
     r"`(\w+).forward` does more than scale and shift each channel of its input": lambda n,s,t: t in {type(c.module).__name__ for c in n.calls},
     "it runs no batch normalization of the input": lambda n,s: n.calls and not any(varies(v) for o in norm_ops(n) for v in o.inputs),
     "# computes with a size or number of the input": lambda n,s,l: any(o.sized and o.label==l for o in n.own),

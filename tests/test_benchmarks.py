@@ -7,7 +7,7 @@ from fasterfold.fold import BN_Folder
 
 root = Path(__file__).parents[1]
 sys.path.insert(0, str(root/'benchmarks'))
-import latency, planning, validation, zoo
+import latency, peers, planning, validation, zoo
 from common import chain, slope
 
 def measured(script, out, *args):
@@ -89,11 +89,48 @@ def test_zoo_goes_on_from_its_results(tmp_path, monkeypatch):
     monkeypatch.setattr(zoo, 'collections', dict(fastai=zoo.fastai_models))
     for k in 'work','results': monkeypatch.setattr(zoo, k, tmp_path)
     def _row(key, tool, **kw): return dict(key=key, tool=tool, **kw)
-    rows = [_row('fastai/tabular_default', 'original', params=10, norms=3, own=1e-7), _row('fastai/gan_critic', 'original', params=7, over='time'),
+    rows = [*(_row('', o, version='2') for o in zoo.base), _row('fastai/tabular_default', 'original', params=10, norms=3, own=1e-7), _row('fastai/gan_critic', 'original', params=7, over='time'),
         _row('fastai/tabular_default', 'fasterfold', version='1', outcome='right', seconds=.1, norms=0, error=1e-7, structural=1e-15)]
     for r in rows: zoo.write_log(r)
     zoo.merge()
     (tmp_path/'log.jsonl').unlink()
     assert zoo.read_log()=={(r['key'],r['tool']): r for r in rows}
-    zoo.write_log(newer := dict(rows[2], seconds=.2))
+    zoo.write_log(newer := dict(rows[-1], seconds=.2))
     assert zoo.read_log()[newer['key'],newer['tool']]==newer
+
+def test_zoo_tells_partly_tried_tools_apart(tmp_path, monkeypatch):
+    "A tool that few models have been tried with is compared on those, and releases are those that were measured, not those that merge"
+    monkeypatch.setattr(zoo, 'collections', dict(fastai=zoo.fastai_models))
+    for k in 'work','results': monkeypatch.setattr(zoo, k, tmp_path)
+    tools = 'fasterai','torch.fx','aimet','fasterfold'
+    for o in zoo.base: zoo.write_log(dict(key='', tool=o, version='0.0.1'))
+    for i,key in enumerate(('tabular_default','tabular_bn_final','tabular_lin_last')):
+        zoo.write_log(dict(key=f'fastai/{key}', tool='original', params=(i+1)*10**6, norms=4, own=1e-7))
+        for t in (*tools, 'torchao')[:5 if i==1 else 4]:
+            zoo.write_log(dict(key=f'fastai/{key}', tool=t, version='1', outcome='right', seconds=.1, norms=i, error=1e-7, structural=1e-15))
+    zoo.merge()
+    z,page = json.loads((tmp_path/'zoo.json').read_text()),(tmp_path/'zoo.md').read_text()
+    assert {z['releases'][o] for o in zoo.base}=={'0.0.1'} and z['releases']['torchao']=='1'
+    assert {r['models'] for r in z['summary_alike']}=={1} and '## On the models that all tools' in page
+    monkeypatch.syspath_prepend(str(root/'docs'))
+    import results
+    assert [(ts, [m['name'] for m in ms]) for ts,ms in results.sides(z)]==[
+        (tools, [m['name'] for m in z['models']]),
+        ((*tools[:3],'torchao','fasterfold'), ['tabular_bn_final'])]
+    text = results.comparison(z)
+    assert 'torchao on 1 of these models, none of more than 2 million parameters' in text and 'fastai (3 models, 12 norms)' in text
+
+@pytest.mark.parametrize('name,module', [('torchao','torchao'),('mct','model_compression_toolkit'),('aimet','aimet_torch'),('fasterai','fasterai'),
+    ('torch.fx','torch'),('fasterfold','fasterfold')])
+def test_peers_fold(name, module):
+    "Each tool that is installed folds a convolution and its norm, in float64 too"
+    pytest.importorskip(module)
+    tool = peers.load_peers([name])[name]
+    x = (torch.randn(2, 3, 8, 8, dtype=torch.float64),)
+    model = peers._Small().double().eval()
+    zoo.hostile(model, x, 0)
+    ref,norms = zoo.run(model, x)
+    before = torch.get_default_dtype()
+    try: res = zoo.measure(model, x, torch.float64, tool.fold, ref)
+    finally: torch.set_default_dtype(before)
+    assert norms==1 and res['norms']==0 and res['error']<1e-14

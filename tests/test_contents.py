@@ -284,8 +284,8 @@ def test_batchnorm_with_a_forward_of_its_own(kind):
 
 CALLS = dict(argument=(lambda m,f,x,y: f(x)*y,lambda n,x: n(x, 2.),'more than its input'),
     keyword=(lambda m,f,x,y=1: f(x)*y,lambda n,x: n(x, y=2.),'more than its input'),
-    ignored=(lambda m,f,x,mask=None: f(x),lambda n,x: n(x, mask=None),'more than its input'), by_name=(lambda m,f,x: f(x),lambda n,x: n(x=x),'by position'),
-    tuple=(lambda m,f,x: (f(x),1),lambda n,x: n(x)[0],more), given_a_list=(lambda m,f,x: f(x[0]),lambda n,x: n([x]),'by position'),
+    ignored=(lambda m,f,x,mask=None: f(x),lambda n,x: n(x, mask=None),'more than its input'), by_name=(lambda m,f,x: f(x),lambda n,x: n(x=x),'with `x=`'),
+    tuple=(lambda m,f,x: (f(x),1),lambda n,x: n(x)[0],more), given_a_list=(lambda m,f,x: f(x[0]),lambda n,x: n([x]),'with one tensor'),
     by_method=(lambda m,f,x: f(x),lambda n,x: n.forward(x),'called as a function'))
 @pytest.mark.parametrize('kind', CALLS)
 def test_batchnorm_called_in_a_way_of_its_own(kind):

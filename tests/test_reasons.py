@@ -32,7 +32,8 @@ def halves(m, x): return m.norm(torch.cat([(y:=m.conv(x)).flip(2), y.flip(3)], 1
 def plain_weight(m, x): return m.norm(F.conv2d(x, *m.plain)).relu()
 
 CASES = { # what is told: (model, input, the norm, its reason)
-    'input by keyword': (Fn(lambda m,x: m.norm(input=m.conv(x)), conv=conv(), norm=norm()), image, 'norm', 'it is not called with one tensor, by position'),
+    'input by keyword': (Fn(lambda m,x: m.norm(x=m.conv(x)), conv=conv(), norm=Fn(lambda m,x: m.b.weight[:,None,None]*x, b=norm())), image, 'norm',
+        'it is called with `x=`, which an `nn.Identity` does not take'),
     'weight from the input': (Fn(lambda m,x: m.act(m.conv(x)), conv=conv(), act=Fn(conditional, b=norm())), image, 'act',
         'its `weight` is not known to be the same for every input'),
     'no statistics': (nn.Sequential(conv(), Drawn(4)), image, '1',

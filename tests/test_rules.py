@@ -6,7 +6,7 @@ is carried out with the operation itself, in float64, and must give exactly what
 here, and so does a rule without a case, or one that blocks everything.
 """
 import itertools
-import pytest, torch
+import pytest, torch, torchvision
 from torch import nn
 from fasterfold import rules
 from fasterfold.affine import Affine
@@ -14,7 +14,7 @@ from fasterfold.rules import BESIDE,PULL,PUSH,Blocked,Context,pull_through,push_
 from fasterfold.trace import Tracer
 from helpers import *
 
-A = torch.ops.aten
+A,V = torch.ops.aten,getattr(torch.ops, torchvision.__name__)
 CASES = {}
 LATER = '_upsample_lanczos2d_aa', # operations that the oldest PyTorch does not have yet
 
@@ -78,6 +78,7 @@ for x in each:
         case(A.stack.default, [x,T(*x.shape)], d)
         for keep in (True,False):
             for f in (A.mean.dim,A.sum.dim_IntList,A.amax.default,A.amin.default): case(f, x, [d], keep)
+            for f in ('std','var','std_mean','var_mean'): case(getattr(A, f).correction, x, [d], correction=0, keepdim=keep)
             for f in (A.max.dim,A.min.dim,A.median.dim): case(f, x, d, keep)
 case(A.index.Tensor, T(3,3,5), [index(4),index(4)])
 case(A.index.Tensor, x3, [None,Arg(2,2, make=lambda s: torch.randint(3, s), role='weight')])
@@ -95,6 +96,8 @@ case(A.roll.default, x3, [1,1], [0,2])
 case(A.roll.default, x3, [1])
 for keep in (True,False):
     for f in (A.mean.dim,A.sum.dim_IntList,A.amax.default,A.amin.default): case(f, x4, [2,3], keep)
+    for f in ('std','var','std_mean','var_mean'): case(getattr(A, f).correction, x4, [2,-1], correction=1, keepdim=keep)
+for f in ('std','var','std_mean','var_mean'): case(getattr(A, f).correction, x3)
 case(A.pixel_shuffle.default, T(2,8,3,2), 2)
 case(A.pixel_shuffle.default, T(2,9,1,2), 3)
 case(A.pixel_unshuffle.default, T(1,2,4,6), 2)
@@ -232,6 +235,13 @@ case(A.native_layer_norm.default, T(2,3,4), [3,4], W(3,4), W(3,4), 1e-5)
 for ids in (index(2,4),index(3)): case(A.embedding.default, W(3,5), ids)
 for dim in (0,1): case(A._weight_norm_interface.default, W(4,3), [W(4,1),W(1,3)][dim], dim)
 case(A._weight_norm_interface.default, W(4,3,2), W(4,1,1), 0)
+case(A.mul.Tensor, W(2,3,4), W(1,3,1))
+def drawn(*shape): return Arg(*shape, make=torch.randn, role='plain')
+for g,pad,mask in ((1,0,zeros(2,1)),(2,1,zeros(2,1)),(2,1,drawn(2,9,4,5))):
+    x,w,off = T(2,4,6-2*pad,7-2*pad),W(6,4//g,3,3),drawn(2,18,4,5)
+    case(V.deform_conv2d.default, x, w, off, mask, W(6), 1, 1, pad, pad, 1, 1, g, 1, mask.role=='plain')
+for reverse,biased in ((False,True),(True,True),(True,False)):
+    case(A.mkldnn_rnn_layer.default, T(4,2,3), W(20,3), W(20,5), W(20), W(20), written(2,5), written(2,5), reverse, [], 2, 5, 1, biased, False, False, False)
 
 @pytest.fixture(autouse=True, scope='module')
 def kernels():
@@ -239,9 +249,18 @@ def kernels():
     def batch_norm(n): return lambda x,*args: (torch.native_batch_norm(x, *args)[0],)+tuple(x.new_empty(0) for _ in range(n))
     def attend(q, k, v): return (q@k.transpose(-1, -2)/q.shape[-1]**.5).softmax(-1)@v
     def e(): return torch.empty(0)
+    def lstm(x, w, u, b, d, h, c, reverse, sizes, mode, n, layers, biased, *rest):
+        "It runs float32 only."
+        ys = []
+        for t in x.flip(0) if reverse else x:
+            i,f,g,o = (t@w.T+h@u.T+(b+d if biased else 0)).chunk(4, -1)
+            c = f.sigmoid()*c+i.sigmoid()*g.tanh()
+            ys.append(h := o.sigmoid()*c.tanh())
+        return torch.stack(ys[::-1] if reverse else ys),h,c,e()
     with torch.library._scoped_library('aten', 'IMPL') as lib:
         lib.impl('cudnn_batch_norm', batch_norm(3), 'CPU')
         lib.impl('miopen_batch_norm', batch_norm(2), 'CPU')
+        lib.impl('mkldnn_rnn_layer', lstm, 'CPU')
         lib.impl('_scaled_dot_product_flash_attention', lambda q,k,v,*a,**kw: (attend(q, k, v),e(),e(),e(),1,1,e(),e(),e()), 'CPU')
         lib.impl('_scaled_dot_product_efficient_attention', lambda q,k,v,*a,**kw: (attend(q, k, v),e(),e(),e()), 'CPU')
         lib.impl('_scaled_dot_product_attention_math_for_mps', lambda q,k,v,*a,**kw: (attend(q, k, v),e()), 'CPU')

@@ -83,7 +83,7 @@ def _(op, out, a, ctx):
         return [ask(op, x, Affine(a.scale, shift).collapse())]
     need(not a.shifts, f"it comes after a product ({op.label}), which takes no shift")
     if op.name=='div': return [ask(op, x, a)]
-    full = [v for v in (x,y) if v.shape==out.shape] or [x,y]
+    full = [v for v in (x,y) if v.shape==out.shape or out.const and len(x.users)>1] or [x,y]
     return [ask(op, full[ctx.side], a)]
 
 @push_any('mul','div')

@@ -23,17 +23,23 @@ def _per_group(v, groups, shape):
     return m.reshape(*m.shape, *[1]*(len(shape)-2))
 
 # %% ../../nbs/rules/05_products.ipynb #748e03e1
-@pull('convolution')
+def _bias(op):
+    "The bias of `op`; none if it is a zero that stands for none."
+    b = op.args.bias
+    return None if b is None or b.op is not None and b.op.name=='zeros' else b
+
+@pull('convolution','deform_conv2d')
 def _(op, out, a, ctx):
-    w,b = op.args.weight,op.args.bias
+    w,b = op.args.weight,_bias(op)
     s,t = _channels(op, a, 1, out.shape[1])
-    rows = _per_group(s, op.args.groups, w.shape) if op.args.transposed else s.reshape(-1, *[1]*(w.rank-1))
+    rows = _per_group(s, op.args.groups, w.shape) if op.args.get('transposed') else s.reshape(-1, *[1]*(w.rank-1))
     need(b is not None or not t.any(), f"{op.label} has no bias to take the shift")
     return [(w, Affine.scaling(rows))] + ([(b, Affine(s, t).collapse())] if b is not None else [])
 
 # %% ../../nbs/rules/05_products.ipynb #047352aa
 def _conv_shift(op, t, ctx):
     "What a shift `t` of the input channels of a convolution adds to its output channels."
+    need(op.name=='convolution', f"{op.label} does not let a shift pass")
     w,g,tr = op.args.weight,op.args.groups,op.args.transposed
     need(not any(op.args.padding), f"{op.label} pads with zeros, which are not shifted")
     points = all(n==1 for n in (*w.shape[2:],*op.args.stride)) and not any(op.args.output_padding)
@@ -42,12 +48,12 @@ def _conv_shift(op, t, ctx):
     if tr: return (weight*t[:,None]).reshape(g, -1, weight.shape[1]).sum(1).flatten()
     return (weight*_per_group(t, g, w.shape[:2])).sum(1)
 
-@push('convolution')
+@push('convolution','deform_conv2d')
 def _(op, carried, ctx):
-    x,w,b = op.args.input,op.args.weight,op.args.bias
+    x,w,b = op.args.input,op.args.weight,_bias(op)
     need_weight(op, w)
     s,t = _channels(op, carried[x], 1, x.shape[1])
-    cols = s.reshape(-1, *[1]*(w.rank-1)) if op.args.transposed else _per_group(s, op.args.groups, w.shape)
+    cols = s.reshape(-1, *[1]*(w.rank-1)) if op.args.get('transposed') else _per_group(s, op.args.groups, w.shape)
     asks = [(w, Affine.scaling(cols))]
     if not t.any(): return [], asks
     shift = _conv_shift(op, t, ctx)
@@ -172,6 +178,15 @@ def _(op, out, a, ctx):
     dim = op.args.dim%out.rank
     need(out is op.out and not a.shifts and all(n==1 or d==dim for d,n in enumerate(a.shape)), f"{op.label} computes a weight")
     return [(op.args.g, a)]
+
+# %% ../../nbs/rules/05_products.ipynb #6b0f2d11
+@push('mkldnn_rnn_layer')
+def _(op, carried, ctx):
+    x,w,b = op.args.input,op.args.weight0,op.args.weight2
+    need_weight(op, w)
+    s,t = _channels(op, carried[x], 2, x.shape[2])
+    need(op.args.has_biases or not t.any(), f"{op.label} has no bias to take the shift")
+    return [], [(w, Affine.scaling(s[None]))] + ([(b, Affine.of(1, 0, None, ctx.read(w)@t))] if t.any() else [])
 
 # %% ../../nbs/rules/05_products.ipynb #5d0a2388
 @beside('convolution')

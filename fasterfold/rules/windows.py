@@ -96,6 +96,21 @@ def _(op, carried, ctx):
     a, = carried.values()
     return [(op.out, _lose(op, _check_window(op, a), WINDOW[op.name](op)[0]))], []
 
+# %% ../../nbs/rules/03_windows.ipynb #3d1c7a51
+@pull('std','var')
+def _(op, out, a, ctx):
+    need(not a.shifts, f"{op.label} does not let a shift pass")
+    need(bool((a.scale>=0).all()), f"{op.label} does not let a negative scale pass")
+    a = _regain(op, a, _dims(op))
+    return [(first(op), a if op.name=='std' else a.map(torch.sqrt))]
+
+@push('std','var','std_mean','var_mean')
+def _(op, carried, ctx):
+    (a,),dims = carried.values(),_dims(op)
+    need(a.constant(*dims), f"{op.label} mixes values that are scaled differently")
+    wide = Affine.scaling(a.scale.abs() if op.name.startswith('std') else a.scale**2)
+    return [(o, _lose(op, m, dims)) for o,m in zip(op.outs, (wide,a))], []
+
 # %% ../../nbs/rules/03_windows.ipynb #7af44ed5
 def _zeros(v, ctx): return not ctx.read(v).any() if v.const else v.op is not None and v.op.name in ('zeros','new_zeros','zeros_like')
 
