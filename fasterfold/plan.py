@@ -115,7 +115,7 @@ SIDES = (0,0),(0,-1),(-1,0),(-1,-1) # for maps that come back, and for maps that
 def edits_as(self:Planner, calls, maps, kind):
     "The edits that fold the norm `calls`, which do `maps`: what goes before and behind it, `kind` of `SEEDS` says."
     if (calls[0],kind) in self.ended: raise self.ended[calls[0],kind]
-    inside,noted,why,far = {o for c in calls for o in c.ops},set(),None,False
+    inside,noted,failed,far = {o for c in calls for o in c.ops},set(),[],False
     for sides in SIDES:
         if any(s and i not in noted for i,s in enumerate(sides)): continue # no rule had two sides to choose from
         attempt = Spread(self, inside, sides, self.reach)
@@ -125,8 +125,11 @@ def edits_as(self:Planner, calls, maps, kind):
                 attempt.set(c.x, Gauge(before))
                 attempt.set(c.y, Gauge(back=behind)) # the identity, too: nobody makes it, so it must stay so
             return attempt.run()
-        except Blocked as e: why,far = why or e,far or isinstance(e, Far)
+        except Blocked as e:
+            failed.append((len(attempt.met), e))
+            far = far or isinstance(e, Far)
         noted |= attempt.noted
+    why = max(failed, key=lambda o: o[0])[1] # of the attempt that got furthest
     if self.reach and not far: self.ended[calls[0],kind] = why
     raise why
 
