@@ -167,7 +167,8 @@ def _add(self:Planner, v, a, x, reader):
 
 @patch
 def _asked(self:Planner, asks, inside=()):
-    attempt = Spread(self, inside)
+    "The edits that meet `asks`, on straight ways: what is added there counts on the other values to stay."
+    attempt = Spread(self, inside, reach=0)
     for o,v,a in asks: attempt.set(v, Gauge(a), o)
     return attempt.run()
 

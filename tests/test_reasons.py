@@ -60,6 +60,8 @@ CASES = { # what is told: (model, input, the norm, its reason)
     'no norm each time': (Fn(lambda m,x: m.scale(m.conv(x))+m.scale(x[:,:1]), conv=conv(), scale=Scale()), image, 'scale', 'it is no norm each time it runs'),
     'one window': (Fn(lambda m,x: m.norm(m.conv(x).unfold(1, 4, 1)[:,0].permute(0, 3, 1, 2)), conv=conv(), norm=norm()), image, 'norm',
         '`unfold` in `the model` cannot scale each position differently, and …'),
+    'padding': (Fn(lambda m,x: m.c(F.pad(m.norm(x.tanh()), (1,1))), norm=norm(3), c=conv()), image, 'norm',
+        '…, and `constant_pad_nd` in `the model` adds values that the map would change'),
     'plain tensor': (Fn(plain_weight, plain=[torch.randn(4, 3, 1, 1), torch.randn(4)], norm=norm()), image, 'norm',
         '`convolution` in `the model` reads a tensor that is no lasting part of the model, and …')}
 
