@@ -37,12 +37,13 @@ class FoldPlan:
     edits:dict = field(default_factory=dict, repr=False) # Leaf value to the maps its parameter gets, in order
     sources:dict = field(default_factory=dict, repr=False) # Leaf value to the norms those maps come from
     removed:dict = field(default_factory=dict, repr=False) # Norm module to the modules that stay in its place
+    apart:dict = field(default_factory=dict, repr=False) # Activation that may no longer work in place to the norms that go because of that
     proof:object = field(default=None, repr=False) # How the fold was checked
     stripped:list = field(default_factory=list, repr=False) # Names of `nn.Identity` entries that were taken out
     notes:list = field(default_factory=list, repr=False) # Sentences: what else there is to know
     covers:list = field(default_factory=list, repr=False) # Sentences: which inputs that covers, and what it does not
 
-    def __getstate__(self): return vars(self) | dict(edits={}, sources={}, removed={})
+    def __getstate__(self): return vars(self) | dict(edits={}, sources={}, removed={}, apart={})
     @property
     def calls(self): return sum(o.calls for o in self.folded+self.kept)
     @property
@@ -89,6 +90,7 @@ class Planner(Network):
         super().__init__(graph)
         self.reach,self.sources = reach,{} # leaf value to the norms that its maps come from
         self.ended = {} # norm call and seed to what is in the way, however far one looks
+        self.apart = {} # activation that may no longer work in place to the norms that go because of that
         self.homes = {} # storage to all that became one with it
         self.held = {o:f'{names[0]}.{k}'.lstrip('.') for m,names in graph.modules.items() for k,o in held_by(m)} # module to what holds it unregistered
         self.writes,self.values = defaultdict(list),defaultdict(set) # by storage: writers, values
@@ -212,32 +214,50 @@ def around(self:Planner, calls, maps, side):
 @patch
 def _home(self:Planner, s): return self.homes.get(s, {s})
 
+def _activation(o):
+    "The module that is just the operation `o`, if it works in place and need not."
+    c = o.call
+    alone = c is not None and c.name is not None and c.ops==[o] and not c.children
+    return c.module if alone and getattr(c.module, 'inplace', None) is True and not isinstance(c.module, torch.jit.ScriptModule) else None
+
+# %% ../nbs/06_plan.ipynb #8cd7df26
 @patch
-def clash(self:Planner, calls):
-    "Raise `Blocked` if an in-place write makes the input and output of these calls differ later."
+def _clash(self:Planner, calls, apart):
+    "An in-place write that makes the input and output of these calls differ later, if it is not by a module in `apart`; None if there is none."
     gone = self.gone | {o for c in calls for o in c.ops}
     def last(v): return float('inf') if v.last_read==float('inf') else max([u.index for u in v.users if u not in gone], default=-1)
     merged,before = {},{c.y:c.x for c in calls}
     def born(v): return self.rep(before.get(v, v)).time # without the norm, what it made is as old as what it read
+    def writes_to(s): return [w.index for w in self.writes[s] if w not in gone and not (w.call is not None and w.call.module in apart)]
     for c in calls:
         a,b = (merged.get(v.store) or self._home(v.store) for v in (c.x,c.y))
         if a is b: continue
         for here,there in ((a,b),(b,a)):
-            writes = [*sorted(w.index for s in here for w in self.writes[s] if w not in gone), float('inf')]
+            writes = [*sorted(i for s in here for i in writes_to(s)), float('inf')]
             for v in (v for s in there for v in self.values[s] if len(writes)>1):
                 w = writes[bisect_right(writes, born(v))]
-                if w<last(v): raise Blocked(f"{self.graph.ops[w].label} writes in place to what is still needed afterwards")
+                if w<last(v): return self.graph.ops[w]
         merged.update(dict.fromkeys(a|b, a|b))
+
+@patch
+def clash(self:Planner, calls):
+    "The activations that must not work in place if these calls go. Raises `Blocked` if another in-place write makes their input and output differ later."
+    apart = set()
+    while (o := self._clash(calls, apart|self.apart.keys())) is not None:
+        if (m := _activation(o)) is None: raise Blocked(f"{o.label} writes in place to what is still needed afterwards")
+        apart.add(m)
+    return apart
 
 # %% ../nbs/06_plan.ipynb #2a7064ef
 @patch
-def commit(self:Planner, name, calls, edits):
+def commit(self:Planner, name, calls, edits, apart=()):
     "Make the fold of the norm `name` part of the state."
     self.stops.clear()
     self.ended.clear()
     for v,a in edits.items():
         self.edits.setdefault(v, []).append(a)
         self.sources.setdefault(v, []).append(name)
+    for m in apart: self.apart.setdefault(m, []).append(name)
     for c in calls:
         self.gone |= c.ops
         x = self.rep(c.x)
@@ -278,10 +298,10 @@ def _fold_norm(planner, name, calls, ways, why):
     for direction,way,*how in ways:
         try:
             edits = way(planner, calls, maps, *how)
-            planner.clash(calls)
+            apart = planner.clash(calls)
         except Blocked as e: reasons.setdefault(direction, str(e))
         else:
-            planner.commit(name, calls, edits)
+            planner.commit(name, calls, edits, apart)
             into = dict.fromkeys(v.names[0].rpartition('.')[0] or v.names[0] for v in edits)
             return Folded(name, list(into), direction, len(calls))
     why.update(reasons)
@@ -311,7 +331,7 @@ def plan_folds(
     "Decide for every norm of a traced model whether it folds, and where to."
     planner,exclude = Planner(graph, 0),exclude or {}
     waiting,kept = find_norms(graph)
-    plan,why,idle = FoldPlan(kept=kept, edits=planner.edits, sources=planner.sources),defaultdict(dict),0
+    plan,why,idle = FoldPlan(kept=kept, edits=planner.edits, sources=planner.sources, apart=planner.apart),defaultdict(dict),0
     place = {calls[0].call.name:i for i,calls in enumerate(waiting.values())}
     for ways,step in cycle(((_back,-1), (_ahead,1), (_back,1), (_ahead,-1))):
         idle += 1
@@ -331,4 +351,5 @@ def plan_folds(
     for m,calls in waiting.items():
         name,reason = calls[0].call.name or '',', and '.join(dict.fromkeys(why[m][k] for k in ('back','forward')))
         plan.kept.append(Kept(name, reason+('' if name in exclude else _hint(calls[0].call.parent)), len(calls)))
+    if k := len(plan.apart): plan.notes.append(f"{k} activation{'s'*(k>1)} no longer work{'s'*(k==1)} in place.")
     return plan
