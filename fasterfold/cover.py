@@ -55,7 +55,7 @@ def same_edits(
 )->bool:
     "Do both plans remove the same norms, and edit the same parameters in the same way?"
     a,b = _maps(p),_maps(q)
-    return {o.norm for o in p.folded}=={o.norm for o in q.folded} and a.keys()==b.keys() and all(_close(a[k], b[k]) for k in a)
+    return p.removed.keys()==q.removed.keys() and p.apart.keys()==q.apart.keys() and a.keys()==b.keys() and all(_close(a[k], b[k]) for k in a)
 
 # %% ../nbs/07_cover.ipynb #6db39cd2
 def difference(

@@ -102,6 +102,7 @@ def apply_plan(
     snap,modules = Snapshot(model),by_name(model)
     try:
         for v,maps in plan.edits.items(): _write(modules, snap, v, maps)
+        for m in plan.apart: modules[graph.modules[m][0]].inplace = False
         for m,stay in plan.removed.items(): put(modules, graph.modules[m], _instead(modules, graph, m, stay))
     except BaseException:
         snap.restore()

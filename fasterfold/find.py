@@ -49,6 +49,7 @@ def affine(self:NormCall, ctx):
         if found is not None: maps[o.out] = found[1] if found[0] is self.x else found[1]@maps[found[0]]
         else:
             outs,asks = push_through(o, {ins[0]:maps[ins[0]]}, ctx)
+            if any(not v.const for v,_ in asks): raise Blocked(f"it is added to something else in {o.label}")
             if asks: return None
             maps[o.out] = outs[0][1] if outs else Affine.identity(o.out.rank)
     return maps.get(self.y)

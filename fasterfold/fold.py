@@ -15,7 +15,7 @@ from fastcore.basics import patch, store_attr
 from torch import nn
 from torch.utils.benchmark import Timer
 from .cover import Cover, describe, difference, same_edits, widen
-from .edit import Snapshot, apply_plan
+from .edit import Snapshot, apply_plan, by_name
 from .plan import FoldPlan, plan_folds
 from .proof import Proof, compare_runs, distance, eps_of, largest, prove, run_as, to_double
 from .sample import Sample
@@ -221,7 +221,9 @@ def _fold(self:BN_Folder, target, samples):
         try: plan = self._proved(target, cover := Cover(target, samples, trace, known))
         except _Unlike: plan = self._proved(target, cover := Cover(target, samples, partial(trace, watched=False)))
     if self.strip_dropout: strip_dropout(target, self._last[1])
-    if self.strip_identity: plan.stripped,plan.notes = strip_identity(target, [t.sample for t in cover.trials], self.verify)
+    if self.strip_identity:
+        plan.stripped,notes = strip_identity(target, [t.sample for t in cover.trials], self.verify)
+        plan.notes += notes
     if self.channels_last:
         self._undo.append(Snapshot(target)) # of the folded weights: the last to change is the first to go back
         self.formats = _format(target, samples[0], self._undo[-1], self.channels_last=='auto')
@@ -243,14 +245,28 @@ def _at_a_glance(self:BN_Folder, target, samples):
     plan.covers = describe(cover, 'Proved')
     return plan,cover
 
+# %% ../nbs/11_fold.ipynb #7142f6f6
+def _uses_what_was_written(target, trial, apart):
+    "Does code of `target` go on with what the activations `apart` wrote to, and not with what they return? Then they must go on to work in place."
+    modules = by_name(target)
+    acts = [modules[trial.graph.modules[m][0]] for m in apart]
+    try:
+        for m in acts: m.inplace = False
+        return distance(trial.sample.run(target), trial.graph.results)>0
+    finally:
+        for m in acts: m.inplace = True
+
 # %% ../nbs/11_fold.ipynb #7142f6f7
 @patch
 def _proved(self:BN_Folder, target, cover):
     "Fold what can be proved. The plan."
     main,exclude = cover.main,{}
     if self.verify and (main.plan.folded or self.strip_identity): widen(cover)
-    tests = _tests(cover) if self.verify else []
-    plan = self._fold_as(target, main.graph, exclude, tests, main.plan)
+    tests,plan = _tests(cover) if self.verify else [],main.plan
+    while not tests and plan.apart and _uses_what_was_written(target, main, plan.apart):
+        exclude |= {k:f"`{main.graph.modules[m][0]}` ({type(m).__name__}) writes in place to what is still needed afterwards" for m,ks in plan.apart.items() for k in ks}
+        plan = plan_folds(main.graph, exclude)
+    plan = self._fold_as(target, main.graph, exclude, tests, plan)
     while plan.proof is not None and not plan.proof.ok:
         self._blame(target, cover, exclude, tests, plan)
         plan = self._fold_as(target, main.graph, exclude, tests)

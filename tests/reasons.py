@@ -147,7 +147,7 @@ FORMS = { # all other reasons: what must hold of the `Around` and the `Side`
     "it runs on what it made before": lambda n,s: s.ops&n.own,
     "its input also feeds #": lambda n,s,l: reads(n, [k.x for k in n.norms], l),
     "what # makes also feeds #": lambda n,s,l,m: reads(n, made_by(s, l), m),
-    "different maps are wanted of what # makes": lambda n,s,l: any(len(n.users(v))>1 for v in made_by(s, l)),
+    "different maps are wanted of what # makes": lambda n,s,l: made_by(s, l),
     "# writes in place to what is still needed afterwards": lambda n,s,l: any(o.label==l and n.clobbers(o) for o in n.graph.ops),
     "`([^`]+)` is also used by #": lambda n,s,w,l: len(n.users(lent(n, s, w)))>1 and reads(n, [leaf(n, w)], l),
     "`([^`]+)` is used more than once, and different maps are wanted of it": lambda n,s,w: len(n.users(lent(n, s, w)))>1,

@@ -203,7 +203,7 @@ TAKERS = dict(added=lambda w: Buffers(lambda x,i,bias: F.conv2d(x, bias)+i, i=in
 @pytest.mark.parametrize('kind', TAKERS)
 def test_integers_take_up_no_norm(kind):
     stays_right(lambda: nn.Sequential(TAKERS[kind](nn.Parameter(torch.randn(4, 3, 3, 3))), nn.BatchNorm2d(4), nn.ReLU()), 0,
-        '`0.i` is not of floating-point numbers' if kind=='weight' else 'has no bias')
+        '`0.i` is not of floating-point numbers' if kind in ('weight','floats') else 'has no bias')
 
 @pytest.mark.parametrize('cast', [lambda w: w.int(),lambda w: w.long().float(),lambda w: (w-1).int().bool(),lambda w: w>1],
     ids=['int','back','bool','comparison'])

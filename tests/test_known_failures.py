@@ -498,7 +498,7 @@ def test_one_value_normed_twice_and_then_written_to():
     def f(m, x): return m.norm(y:=m.conv(x)), F.relu_(m.norm(y))
     assert 'in place' in reason(folds(Fn(f, conv=conv(), norm=nn.BatchNorm2d(4)), image()), 'norm')
 
-@pytest.mark.parametrize('again,why', [('norm','in place'),('other','its input also feeds `other`')])
+@pytest.mark.parametrize('again,why', [('norm','in place'),('other','its input also feeds `add`')])
 def test_value_normed_again_after_the_first_result_was_written_to(again, why):
     def f(m, x):
         y = m.conv(x)

@@ -56,7 +56,7 @@ def test_folds(name):
     assert sum(o.calls for o in plan.folded)>=before-left and sum(o.calls for o in plan.kept)>=left
     assert {*names_of(plan.folded),*names_of(plan.kept)}>={n for n,m in model.named_modules() if isinstance(m, _BatchNorm)}
     assert all(o.reason and 'failed' not in o.reason for o in plan.kept)
-    assert all(o.into and o.direction in ('back','forward','beside') for o in plan.folded)
+    assert all(o.into and o.direction in ('back','forward','both ways','beside') for o in plan.folded)
     now = model.state_dict(keep_vars=True)
     assert list(was)==list(now) and all(now[k] is v and torch.equal(v, t) for k,(v,t) in was.items())
     check_fold(model, new, sample)

@@ -82,6 +82,7 @@ class Builder:
     ):
         self.int,self.net = draw,Net()
         self.gen = torch.Generator().manual_seed(draw(0, 2**16))
+        self.mild = self.flag() # with positive scales, which may be divided by, more can fold
         rank,n = self.int(2, 5),self.int(1, 3)
         c,size = self.int(1, 6),self.int(3, {2:3,3:9,4:7,5:4}[rank])
         self.sample = tuple(self.randn(n, c, *[size]*(rank-2)) for _ in range(self.int(1, 2)))
@@ -127,9 +128,9 @@ class Builder:
         n = mean.shape[0]
         def some(*of): return torch.tensor(of, dtype=torch.float64)[torch.randint(len(of), (n,), generator=self.gen)]
         mean.data = self.randn(n)
-        m.running_var.data = some(1e-4, .3, 1., 50.)*(torch.rand(n, generator=self.gen, dtype=torch.float64)+.1)
+        m.running_var.data = some(*(.3,1.) if self.mild else (1e-4,.3,1.,50.))*(torch.rand(n, generator=self.gen, dtype=torch.float64)+.1)
         with torch.no_grad():
-            if m.weight is not None: m.weight.copy_(some(-1, 1, 1, .01, 0)*(torch.rand(n, generator=self.gen, dtype=torch.float64)+.3))
+            if m.weight is not None: m.weight.copy_(some(*(1,) if self.mild else (-1,1,1,.01,0))*(torch.rand(n, generator=self.gen, dtype=torch.float64)+.3))
             if m.bias is not None: m.bias.copy_(self.randn(n))
 
     def norm(self, i):
@@ -198,6 +199,32 @@ def block(b, i):
 def norm(b, i):
     n = b.norm(i)
     if n is not None: b.module(n, i)
+@kind(2)
+def read_by_others(b, i):
+    "A norm and other layers read one convolution, and are put together again, or not."
+    m = b.conv(i)
+    if m is None: return
+    i = b.module(m, i)
+    ends = [b.module(k, i) for k in (b.norm(i),b.conv(i),b.norm(i)) if k is not None]
+    if b.flag(): ends[0] = b.module(nn.ReLU(inplace=b.flag()), ends[0])
+    if b.flag(): ends.append(i)
+    while len(ends)>1 and b.flag(4): ends.append(b.add(lambda net,x,y: x+y if x.shape==y.shape else x, ends.pop(0), ends.pop(0)))
+@kind(2)
+def stream(b, i):
+    "Blocks that add to one stream, each with a norm in front, behind, or of the sum."
+    if not 3<=b.rank(i)<=5: return
+    c,conv,bn = b.shape(i)[1],CONV[b.rank(i)],BATCH_NORM[b.rank(i)]
+    if b.flag(3): i = b.module(conv(c, c, 1), i)
+    for _ in range(b.int(1, 4)):
+        where,j = b.int(0, 3),i
+        if where==0: j = b.module(bn(c), j)
+        if b.flag(): j = b.module(nn.ReLU(inplace=where==0 and b.flag()), j)
+        j = b.module(conv(c, c, 1, bias=b.flag()), j)
+        if where==1: j = b.module(bn(c), j)
+        if b.flag(3): j = b.module(nn.ReLU(), j)
+        i = b.add(b.pick(lambda net,x,y: x+y, lambda net,x,y: y-2*x, lambda net,x,y: torch.cat([x,y], 1)), i, j)
+        if where==2 and b.shape(i)[1]==c: i = b.module(bn(c), i)
+        if b.shape(i)[1]!=c: return
 @kind()
 def chunked(b, i):
     d = b.pick(0,0,b.rank(i)-1)

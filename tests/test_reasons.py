@@ -43,7 +43,7 @@ CASES = { # what is told: (model, input, the norm, its reason)
         'what `conv` (Conv2d) makes also feeds `add` in `the model`, and …'),
     'one norm, one weight twice': (Fn(lambda m,x: m.norm(torch.cat([m.conv(x), m.conv(2*x)], 1)), conv=conv(), norm=norm(8)), image, 'norm',
         '`conv.weight` is used more than once, and different maps are wanted of it, and …'),
-    'one value twice': (Fn(halves, conv=conv(), norm=norm(8)), image, 'norm', 'different maps are wanted of what `conv` (Conv2d) makes, and …'),
+    'one value twice': (Fn(halves, conv=conv(), norm=norm(8)), image, 'norm', 'what `conv` (Conv2d) makes also feeds `flip` in `the model`, and …'),
     'positions': (Fn(positions, conv=conv(), norm=norm()), image, 'norm', 'it reads the positions that `max_pool2d_with_indices` in `the model` found, and …'),
     'grid': (Fn(sampled, norm=norm(2)), image, 'norm', '…, and `grid_sampler_2d` in `the model` takes it as `grid`'),
     'added to a product': (Fn(lambda m,x: torch.addmm(m.norm(x.tanh()), x, x), norm=nn.BatchNorm1d(3)), lambda: torch.randn(3, 3), 'norm',
@@ -60,6 +60,8 @@ CASES = { # what is told: (model, input, the norm, its reason)
     'no norm each time': (Fn(lambda m,x: m.scale(m.conv(x))+m.scale(x[:,:1]), conv=conv(), scale=Scale()), image, 'scale', 'it is no norm each time it runs'),
     'one window': (Fn(lambda m,x: m.norm(m.conv(x).unfold(1, 4, 1)[:,0].permute(0, 3, 1, 2)), conv=conv(), norm=norm()), image, 'norm',
         '`unfold` in `the model` cannot scale each position differently, and …'),
+    'padding': (Fn(lambda m,x: m.c(F.pad(m.norm(x.tanh()), (1,1))), norm=norm(3), c=conv()), image, 'norm',
+        '…, and `constant_pad_nd` in `the model` adds values that the map would change'),
     'plain tensor': (Fn(plain_weight, plain=[torch.randn(4, 3, 1, 1), torch.randn(4)], norm=norm()), image, 'norm',
         '`convolution` in `the model` reads a tensor that is no lasting part of the model, and …')}
 

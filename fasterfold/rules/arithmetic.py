@@ -7,7 +7,7 @@ __all__ = ['terms']
 
 # %% ../../nbs/rules/04_arithmetic.ipynb #20b20b76
 import torch
-from ..affine import Affine, broadcast, unbroadcast
+from ..affine import Affine, broadcast, close, unbroadcast
 from ..trace import Op, Value
 from .core import ask, beside, constant, fixed, need, number, pull, push, push_any
 
@@ -41,10 +41,11 @@ def _(op, out, a, ctx):
 
 # %% ../../nbs/rules/04_arithmetic.ipynb #62bd46e4
 def _push_term(op, a, p, y, q, ctx):
-    "Push `a` on the term with sign `p` when the other term `y` with sign `q` carries nothing."
+    "Push `a` on the term with sign `p` when the other term `y` with sign `q` carries nothing: that takes the scale, and on one of the two sides the shift, too."
     if not fixed(y):
-        need(not a.scales, f"it is added to something else in {op.label}")
-        return [(op.out, Affine(a.scale, p*a.shift))], []
+        need(not a.scales or bool((a.scale!=0).all()), f"it is added to something else in {op.label}")
+        if ctx.side==0: return [(op.out, Affine(a.scale, p*a.shift).collapse())], [ask(op, y, a.linear.inverse)] if a.scales else []
+        return [(op.out, a.linear)], [ask(op, y, Affine(1/a.scale, p/q*a.shift/a.scale).collapse())]
     _no_number(op, y, a.scales)
     if isinstance(y, Value) and not a.scales and ctx.side==0:
         own = unbroadcast(Affine(torch.ones_like(a.shift), a.shift*p/q), y.shape)
@@ -60,8 +61,8 @@ def _(op, carried, ctx):
     if x is y: return [(op.out, Affine(a.scale, a.shift*(p+q)))], []
     if not isinstance(y, Value) or y not in carried: return _push_term(op, a, p, y, q, ctx)
     b = broadcast(carried[y], op.out.rank)
-    need(Affine(a.scale, b.shift)==Affine(b.scale, b.shift), f"{op.label} adds values that are scaled differently")
-    return [(op.out, Affine(a.scale, p*a.shift+q*b.shift).collapse())], []
+    need(close(a.linear, b.linear), f"{op.label} adds values that are scaled differently")
+    return [(op.out, Affine(a.scale, p*a.shift+q*b.shift).snapped)], []
 
 # %% ../../nbs/rules/04_arithmetic.ipynb #6c26a6a2
 def _factor(op, v, ctx):

@@ -136,7 +136,7 @@ def push(
 ): # A decorator
     """Register `f(op, carried, ctx)`: what becomes of the map that the first input of `op` carries, `carried = {input: map}`.
 
-    The rule returns two lists, pairs (output value, map it carries) and pairs (weight, map wanted of it), or raises `Blocked`.
+    The rule returns two lists, pairs (output value, map it carries) and pairs (other input, such as a weight, and the map wanted of it), or raises `Blocked`.
     If another input carries a map, or the first one is used twice, `Blocked` is raised before the rule is asked."""
     def add(f):
         register(PUSH, names)(_first_only(f))
@@ -180,7 +180,7 @@ def push_through(
     op:Op, # The operation
     carried:dict, # Input value to the map it carries: what was expected is the map of what comes
     ctx:Context, # Weights and preferences
-)->tuple: # Pairs (output, map it carries), pairs (weight, map wanted of it); identities are dropped
+)->tuple: # Pairs (output, map it carries), pairs (other input, map wanted of it); identities are dropped
     "What becomes of the maps that the inputs of `op` carry. Raises `Blocked`."
     if op.name not in PUSH: raise Blocked(f"it is followed by {op.label}")
     outs,asks = PUSH[op.name](op, carried, ctx)
