@@ -130,7 +130,11 @@ def core_of(
     call, # A `Call`
 )->Core:
     "What `call` does. Raises `Stays` if it is more than one operation with a weight."
-    moving = [o for o in call.all_ops() if any(not v.const for v in o.inputs)]
+    moving,seen = [],{*call.ins}
+    for o in call.all_ops():
+        if seen.isdisjoint(o.inputs): continue
+        moving.append(o)
+        seen.update(o.outs)
     core = [o for o in moving if o.name in _core]
     if len(core)!=1: raise Stays(f"it runs {len(core)} operations with weights in one call")
     if call.given!=1 or len(call.ins)!=1: raise Stays("it is not called with one input")

@@ -255,7 +255,8 @@ def _ready(self:BN_Folder, target, cover):
 def _told(self:BN_Folder, plan):
     "`plan`, with what `_ready` did."
     if more := self._more:
-        plan.stored,plan.unused,plan.notes = more['stored'],more['unused'],[*more['notes'],*told_by_reason('weights are computed at every call in', more['why'])]
+        plan.stored,plan.unused = more['stored'],more['unused']
+        plan.notes = more['notes']+told_by_reason('weights are computed at every call in', more['why'])
         for o in plan.kept: o.reason = explained(o.reason, more['why'])
     return plan
 
