@@ -89,6 +89,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fasterfold.constants.plain': ('constants.html#plain', 'fasterfold/constants.py'),
                                       'fasterfold.constants.read': ('constants.html#read', 'fasterfold/constants.py'),
                                       'fasterfold.constants.same': ('constants.html#same', 'fasterfold/constants.py'),
+                                      'fasterfold.constants.storable': ('constants.html#storable', 'fasterfold/constants.py'),
                                       'fasterfold.constants.store_weights': ('constants.html#store_weights', 'fasterfold/constants.py'),
                                       'fasterfold.constants.told_by_reason': ('constants.html#told_by_reason', 'fasterfold/constants.py'),
                                       'fasterfold.constants.unwrap': ('constants.html#unwrap', 'fasterfold/constants.py')},

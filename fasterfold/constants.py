@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Stays', 'read', 'made_of', 'computed', 'computing', 'is_wrapped', 'unwrap', 'Core', 'core_of', 'plain', 'same',
-           'agree', 'Candidate', 'Storing', 'apply_right', 'store_weights', 'told_by_reason', 'explained']
+           'agree', 'Candidate', 'Storing', 'apply_right', 'storable', 'store_weights', 'told_by_reason', 'explained']
 
 # %% ../nbs/10_constants.ipynb #3d41369a
 import re, torch
@@ -218,6 +218,7 @@ class Candidate:
     names:list # Its qualified names
     new:object # The plain layer for it, or the weights to unwrap it with
     weights:list # Names of those that are no longer computed
+    trained:list # New parameters that shall be trained
 
     def told(self):
         new = type(self.new) if isinstance(self.new, nn.Module) else _bare(self.module)
@@ -321,7 +322,7 @@ def candidates(self:Storing):
         self.memo.clear() # all that leads to a weight is as large as it
         names,torchs = self.graph.modules[m],_bare(m).__module__.startswith('torch.nn.')
         for way in [self.plain_for]*(not torchs or not is_wrapped(m)) + [self.weights_of]*is_wrapped(m):
-            try: res.append(Candidate(m, names, *way(m)))
+            try: res.append(Candidate(m, names, *way(m), self.trained))
             except Stays as e: why.setdefault(names[0], str(e))
             else:
                 why.pop(names[0], None)
@@ -352,26 +353,29 @@ def apply_right(
     for o in done: apply(o)
     return done
 
+def storable(
+    model:nn.Module, # The traced model
+    graph:Graph, # Its trace
+)->tuple: # (`Candidate`s, name of each layer that goes on computing to the reason)
+    "Layers of `model` that need not compute their weights; nothing changes."
+    if not computing(graph): return [],{}
+    with preserved(model): return Storing(model, graph).candidates()
+
 def store_weights(
     model:nn.Module, # The traced model, changed in place
-    graph:Graph, # Its trace
+    found:list, # `Candidate`s
     samples:list, # `Sample`s to compare on
 )->tuple: # (`Stored` items, name of each layer that goes on computing to the reason)
-    "Let no layer of `model` compute at each call a weight that never changes: outputs stay as they are, bit for bit."
-    if not computing(graph): return [],{}
-    with preserved(model):
-        storing = Storing(model, graph)
-        found,why = storing.candidates()
-    modules = by_name(model)
+    "Let no layer in `found` compute its weights at each call: what `model` returns stays as it is, bit for bit."
+    modules,told = by_name(model),{c:c.told() for c in found}
     def apply(c):
         if isinstance(c.new, dict): unwrap(c.module, c.new)
         else: put(modules, c.names, c.new.train(c.module.training))
-    told = {c:c.told() for c in found}
     done = apply_right(model, found, apply, samples)
-    for p in storing.trained: p.requires_grad_()
-    return [told[c] for c in done],why | {c.names[0]:"the whole model did not compute the same without it" for c in found if c not in done}
+    for p in {p for c in found for p in c.trained}: p.requires_grad_()
+    return [told[c] for c in done],{c.names[0]:"the whole model did not compute the same without it" for c in found if c not in done}
 
-# %% ../nbs/10_constants.ipynb #0ba15254
+# %% ../nbs/10_constants.ipynb #61ef6688
 def told_by_reason(
     what:str, # How a sentence begins
     why:dict, # Name to reason
@@ -382,12 +386,12 @@ def told_by_reason(
     what = what[:1].upper()+what[1:]
     return [f"{what} {', '.join(ns[:3])}{f' and {len(ns)-3} more' if len(ns)>3 else ''}: {o}." for o,ns in by.items()]
 
-# %% ../nbs/10_constants.ipynb #c6645a66
+# %% ../nbs/10_constants.ipynb #efbdf128
 _shown = re.compile('`([^`]+)`[^`]*? computes a weight')
 
 def explained(
     reason:str, # Why a norm stays
-    why:dict, # As `store_weights` gives it
+    why:dict, # As `storable` and `store_weights` give it
 )->str:
     "`reason`, with what keeps a layer that it names from having its weight stored."
     def more(m):

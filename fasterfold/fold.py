@@ -14,7 +14,7 @@ from textwrap import shorten
 from fastcore.basics import patch, store_attr
 from torch import nn
 from torch.utils.benchmark import Timer
-from .constants import computing, explained, store_weights, told_by_reason
+from .constants import computing, explained, storable, store_weights, told_by_reason
 from .cover import Cover, describe, difference, same_edits, widen
 from .edit import Snapshot, apply_plan
 from .plan import FoldPlan, plan_folds
@@ -169,7 +169,7 @@ def refold(self:BN_Folder)->FoldPlan: # What was folded now
     target,graph,kept = self._last
     before = self.result
     with self._all_or_nothing(target):
-        if self._more: # what was stored then came from the weights of then
+        if before.stored or before.unused: # what was stored then came from the weights of then
             self.result = self._fold(target, self._more['samples'])
             return self.result
         self.result = self._try(target, graph, dict(kept))
@@ -241,15 +241,17 @@ def _fold(self:BN_Folder, target, samples):
 # %% ../nbs/11_fold.ipynb #5a1c0f60
 @patch
 def _ready(self:BN_Folder, target, cover):
-    "Take what did not run out of `target`, and store weights that are computed at every call; `cover`, or a new one if that changed something."
-    graph,samples = cover.main.graph,[t.sample for t in cover.trials]
-    if not self.strip_unused and not (self.store_weights and computing(graph)): return cover
+    "Take what did not run out of `target`, and store weights that are computed at every call; `cover`, or a new one if anything was tried."
+    found,why = storable(target, cover.main.graph) if self.store_weights else ([],{})
+    self._more = dict(stored=[], unused={}, why=why, notes=[])
+    if not found and not self.strip_unused: return cover
+    samples = [t.sample for t in cover.trials]
     if self.verify: widen(cover)
     tried = [t.sample for t in cover.trials]
-    unused,notes = strip_unused(target, [t.graph for t in cover.trials], tried) if self.strip_unused else ({},[])
-    stored,why = store_weights(target, graph, tried) if self.store_weights else ([],{})
-    self._more = dict(samples=samples, stored=stored, unused=unused, why=why, notes=notes)
-    return Cover(target, samples, trace) if stored or unused else cover
+    if self.strip_unused: self._more['unused'],self._more['notes'] = strip_unused(target, [t.graph for t in cover.trials], tried)
+    self._more['stored'],left = store_weights(target, found, tried)
+    self._more |= dict(samples=samples, why=why|left)
+    return Cover(target, samples, trace, [] if self._more['stored'] or self._more['unused'] else cover.trials[len(samples):])
 
 @patch
 def _told(self:BN_Folder, plan):

@@ -104,6 +104,19 @@ def test_wrapped_recurrent_layers():
     stores(make, torch.randn(5, 2, 3), 'lstm')
     stores(lambda: Fn(lambda m,x: m.lstm(x)[0], lstm=wrap(nn.LSTM(3, 4), Half(), 'weight_hh_l0')), torch.randn(5, 2, 3), 'lstm')
 
+def test_in_place_writes_reach_no_weight_of_the_model():
+    "To read a constant again is to run what made it; a copy in another dtype is skipped, so that the write would hit the parameter."
+    def copied(w):
+        w = w.float()
+        w -= w.mean()
+        return w.double()
+    net = randomize_norms(nn.Sequential(nn.Sigmoid(), nn.BatchNorm2d(3), Own(3, 4, 3, f=copied), nn.BatchNorm2d(4))).double()
+    before,x = state(net),image().double()
+    for on in (True,False):
+        BN_Folder(store_weights=on).plan(net, x)
+        assert state(net)[0]==before[0]
+        check_fold(net, BN_Folder(store_weights=on).fold(net, x), x, BN_Folder(store_weights=on, verify=False))
+
 class Dropped(nn.Module):
     "DropConnect that is never off."
     def forward(self, w): return F.dropout(w, .5, True)
@@ -148,7 +161,8 @@ def written(w):
 
 CLASSES = dict(standardized=(lambda: StdConv2d(3, 4, 3, stride=2), nn.Conv2d), own=(lambda: Own(4, 6, 3, padding=1, groups=1, bias=False), nn.Conv2d),
     grouped=(lambda: Own(4, 6, 3, dilation=2, groups=2), nn.Conv2d), max_norm=(lambda: Own(4, 6, 3, f=lambda w: w.renorm(2, 0, .1)), nn.Conv2d),
-    in_place=(lambda: Own(4, 6, 3, f=written), nn.Conv2d), linear=(lambda: OwnLinear(13, 5), nn.Linear), no_bias=(lambda: OwnLinear(13, 5, bias=False), nn.Linear),
+    in_place=(lambda: Own(4, 6, 3, f=written), nn.Conv2d), masked=(lambda: Own(4, 6, 3, f=lambda w: w*(w>0)), nn.Conv2d),
+    linear=(lambda: OwnLinear(13, 5), nn.Linear), no_bias=(lambda: OwnLinear(13, 5, bias=False), nn.Linear),
     lora=(lambda: Lora(13, 5), nn.Linear), transposed=(lambda: OwnTransposed(4, 6, 3, stride=2, output_padding=1, groups=2), nn.ConvTranspose2d),
     circular=(lambda: Own(4, 6, 3, pad=lambda x: F.pad(x, (1,1,1,1), 'circular'), padding_mode='circular'), None))
 
@@ -167,8 +181,7 @@ def test_classes(kind):
         y = image(n, x.shape[1], s)[...,:13]
         assert equal(run(new, y), run(made(lambda: nn.Sequential(make(), nn.ReLU())), y))
 
-def test_embeddings():
-    stores(lambda: nn.Sequential(OwnEmbedding(9, 4, padding_idx=2)), torch.randint(9, (2,5)), '0')
+def test_embeddings(): stores(lambda: nn.Sequential(OwnEmbedding(9, 4, padding_idx=2)), torch.randint(9, (2,5)), '0')
 
 @pytest.mark.parametrize('s', [16,17])
 def test_padding_that_depends_on_the_size(s):
@@ -201,12 +214,10 @@ class Larger(nn.Linear):
     def forward(self, x): return F.linear(x, self.weight*.5 if len(x)<3 else self.weight*2)
 
 @pytest.mark.parametrize('cls', [Twice,Residual,Active,Larger])
-def test_what_is_more_than_one_operation_stays(cls):
-    stores(lambda: nn.Sequential(cls(4, 4)), torch.randn(2, 4), '', keep='0')
+def test_what_is_more_than_one_operation_stays(cls): stores(lambda: nn.Sequential(cls(4, 4)), torch.randn(2, 4), '', keep='0')
 
 @pytest.mark.parametrize('cls', [Depends,Parts])
-def test_what_is_not_known_to_be_constant_is_not_stored(cls):
-    stores(lambda: nn.Sequential(cls(4, 4)), torch.randn(2, 4), '')
+def test_what_is_not_known_to_be_constant_is_not_stored(cls): stores(lambda: nn.Sequential(cls(4, 4)), torch.randn(2, 4), '')
 
 class Turns(nn.Module):
     "Passes its input to the layer the other way round: not contiguous."
@@ -368,7 +379,9 @@ def learner_of(net):
     items = [(x,x.mean((1,2)).sum()[None]) for x in xs]
     return Learner(DataLoaders.from_dsets(items, items, bs=4, num_workers=0, device='cpu'), net, loss_func=MSELossFlat())
 
-def small_net(): return nn.Sequential(StdConv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), WRAPS['weight_norm'](nn.Conv2d(4, 4, 1)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1))
+def small_net():
+    layers = StdConv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), WRAPS['weight_norm'](nn.Conv2d(4, 4, 1))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1))
 
 def test_learners():
     "The optimizer keeps the parameters of before: it goes, and comes back. Validation on the folded model has the weights of each epoch."
