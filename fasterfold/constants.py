@@ -387,14 +387,15 @@ def told_by_reason(
     return [f"{what} {', '.join(ns[:3])}{f' and {len(ns)-3} more' if len(ns)>3 else ''}: {o}." for o,ns in by.items()]
 
 # %% ../nbs/10_constants.ipynb #efbdf128
-_shown = re.compile('`([^`]+)`[^`]*? computes a weight')
-
 def explained(
     reason:str, # Why a norm stays
     why:dict, # As `storable` and `store_weights` give it
 )->str:
     "`reason`, with what keeps a layer that it names from having its weight stored."
-    def more(m):
-        layer = next((n for n in why if m[1]==n or m[1].startswith(n+'.')), None)
-        return m[0] if layer is None else f"{m[0]} at every call, which cannot be stored ({why[layer]})"
-    return _shown.sub(more, reason)
+    def more(part):
+        named = [n for n in re.findall('`([^`]+)`', part) for n in (n,n.rpartition('.')[0],n.partition('.parametrizations.')[0])]
+        layer = next((n for n in named if n in why), None)
+        if layer is None: return part
+        kept = f"computes a weight at every call, which cannot be stored ({why[layer]})"
+        return part.replace('computes a weight', kept) if 'computes a weight' in part else f"{part}: `{layer}` {kept}"
+    return ', and '.join(map(more, reason.split(', and ')))

@@ -333,6 +333,11 @@ def test_reasons_say_why_a_weight_is_computed():
         assert '`0` (StdConv2dSame) computes a weight at every call, which cannot be stored (it pads its input itself)' in reason(plan, '1')
         assert plan.notes==["Weights are computed at every call in `0`: it pads its input itself."]
 
+def test_reasons_that_name_a_parameter_say_it_too():
+    conv = Own(3, 8, 3, f=lambda w: w-w.mean(), pad=lambda x: F.pad(x, (0,x.shape[3]%2)))
+    net = randomize_norms(nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU()))
+    assert '`0.weight` is also used by `0` (Own): `0` computes a weight at every call, which cannot be stored (it pads its input itself), and' in reason(BN_Folder().plan(net, image()), '1')
+
 def test_the_plan_shows_it():
     net = nn.Sequential(StdConv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), WRAPS['prune'](nn.Conv2d(4, 4, 1)))
     before,x = state(net),image()
