@@ -323,9 +323,9 @@ def candidates(self:Storing):
         names,torchs = self.graph.modules[m],_bare(m).__module__.startswith('torch.nn.')
         for way in [self.plain_for]*(not torchs or not is_wrapped(m)) + [self.weights_of]*is_wrapped(m):
             try: res.append(Candidate(m, names, *way(m), self.trained))
-            except Stays as e: why.setdefault(names[0], str(e))
+            except Stays as e: why.setdefault(names[0] or 'the model', str(e))
             else:
-                why.pop(names[0], None)
+                why.pop(names[0] or 'the model', None)
                 break
     return res,why
 
@@ -393,9 +393,11 @@ def explained(
 )->str:
     "`reason`, with what keeps a layer that it names from having its weight stored."
     def more(part):
-        named = [n for n in re.findall('`([^`]+)`', part) for n in (n,n.rpartition('.')[0],n.partition('.parametrizations.')[0])]
+        computes = 'computes a weight' in part
+        named = re.findall(f"{'' if computes else '(?<!in )'}`([^`]+)`", part) # `mul` in `block` may be anything
+        named = [k for n in named for k in (n,n.rpartition('.')[0],n.partition('.parametrizations.')[0])]
         layer = next((n for n in named if n in why), None)
         if layer is None: return part
         kept = f"computes a weight at every call, which cannot be stored ({why[layer]})"
-        return part.replace('computes a weight', kept) if 'computes a weight' in part else f"{part}: `{layer}` {kept}"
+        return part.replace('computes a weight', kept) if computes else f"{part}: `{layer}` {kept}"
     return ', and '.join(map(more, reason.split(', and ')))
