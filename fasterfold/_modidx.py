@@ -73,6 +73,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fasterfold.constants.Storing.weights_of': ( 'constants.html#storing.weights_of',
                                                                                    'fasterfold/constants.py'),
                                       'fasterfold.constants._bare': ('constants.html#_bare', 'fasterfold/constants.py'),
+                                      'fasterfold.constants._bytes': ('constants.html#_bytes', 'fasterfold/constants.py'),
                                       'fasterfold.constants._conv': ('constants.html#_conv', 'fasterfold/constants.py'),
                                       'fasterfold.constants._is_torchs': ('constants.html#_is_torchs', 'fasterfold/constants.py'),
                                       'fasterfold.constants._sizes': ('constants.html#_sizes', 'fasterfold/constants.py'),

@@ -34,7 +34,8 @@ def read(
     if v not in memo:
         def val(a): return read(a, memo) if isinstance(a, Value) else [*map(val, a)] if isinstance(a, (list,tuple)) else a
         sig = v.op.func._schema.arguments
-        given = {a.name: tree_map(torch.clone, val(v.op.args[a.name])) if a.is_write else val(v.op.args[a.name]) for a in sig}
+        given = {a.name:val(v.op.args[a.name]) for a in sig}
+        given |= {a.name:tree_map(torch.clone, given[a.name]) for a in sig if a.alias_info is not None and a.alias_info.is_write}
         out = v.op.func(*[given[a.name] for a in sig if not a.kwarg_only], **{a.name:given[a.name] for a in sig if a.kwarg_only})
         outs = [out] if isinstance(out, Tensor) else [o for t in out for o in (t if isinstance(t, (list,tuple)) else [t]) if isinstance(o, Tensor)]
         memo.update(zip([o for o in v.op.outs if o is not None], outs))
@@ -224,6 +225,8 @@ class Candidate:
         new = type(self.new) if isinstance(self.new, nn.Module) else _bare(self.module)
         return Stored(self.names[0], self.weights, type(self.module).__name__, new.__name__)
 
+def _bytes(t): return t.numel()*t.element_size()
+
 class Storing:
     "What a traced model computes at every call, and what could take its place."
     def __init__(self,
@@ -243,6 +246,7 @@ class Storing:
         made = self.made.setdefault(frozenset(map(id, sources)), [])
         for p in made:
             if p.stride()==t.stride() and same(p, t): return p
+        if _bytes(t)>sum(map(_bytes, sources)): raise Stays("stored, its weight would take more memory than what it is computed from")
         made.append(p := nn.Parameter(t.detach().clone(), requires_grad=False)) # which picks another kernel in places: what computed it had none
         if any(s.requires_grad for s in sources): self.trained.append(p)
         return p

@@ -196,6 +196,23 @@ def test_padding_of_a_class_is_given_to_the_plain_layer():
     for how in (dict(padding=1, padding_mode='circular'),dict(padding='same', padding_mode='reflect'),dict(padding='same')):
         stores(lambda: nn.Sequential(Circular(3, 4, 3, **how)), image(), '0')
 
+class Bytes(nn.Module):
+    "Its weight is rounded to integers."
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('bytes', torch.randint(-127, 128, (5,4), dtype=torch.int8))
+        self.register_buffer('scale', torch.tensor(.01))
+    def forward(self, x): return F.linear(x, self.bytes.float()*self.scale)
+class Thin(nn.Module):
+    "Its weight is a product of two factors."
+    def __init__(self):
+        super().__init__()
+        self.a,self.b = nn.Parameter(torch.randn(9, 1)),nn.Parameter(torch.randn(1, 8))
+    def forward(self, x): return F.linear(x, self.a@self.b)
+def test_weights_that_are_computed_to_save_memory_stay():
+    stores(lambda: nn.Sequential(Bytes()), torch.randn(3, 4), '', keep='0')
+    stores(lambda: nn.Sequential(Thin()), torch.randn(3, 8), '', keep='0')
+
 class Depends(nn.Linear):
     def forward(self, x): return F.linear(x, self.weight*x.mean(), self.bias)
 class Twice(nn.Linear):

@@ -41,7 +41,7 @@ class Context:
 
     def _compute(self, v):
         sig,given = v.op.func._schema.arguments,{k:self._arg(a) for k,a in v.op.args.items()}
-        given |= {a.name:tree_map(torch.clone, given[a.name]) for a in sig if a.is_write} # which may be a weight of the model
+        given |= {a.name:tree_map(torch.clone, given[a.name]) for a in sig if a.alias_info is not None and a.alias_info.is_write} # not into a weight of the model
         out = v.op.func(*[given[a.name] for a in sig if not a.kwarg_only], **{a.name:given[a.name] for a in sig if a.kwarg_only})
         return out if isinstance(out, Tensor) else [o for o in out if isinstance(o, Tensor)][v.op.outs.index(v)]
 
