@@ -128,9 +128,11 @@ class BN_Folder:
         model = check_model(model)
         samples = _samples(model, sample, samples)
         if self.merge_branches: _merge(model:=copy_model(model), samples[0])
-        was = Structure(model)
-        try: cover = widen(self._ready(model, Cover(model, samples, trace)))
-        finally: was.restore()
+        cover = Cover(model, samples, trace)
+        was = Structure(model) if self.strip_unused or self.store_weights and computing(cover.main.graph) else None
+        try: cover = widen(self._ready(model, cover))
+        finally:
+            if was: was.restore()
         cover.main.plan.covers = describe(cover, 'Traced')
         return self._told(cover.main.plan)
 
