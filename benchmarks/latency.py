@@ -8,13 +8,14 @@ from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 
-import torch
-from fastai.layers import ToTensorBase
+import timm, torch, torch.nn.functional as F
+from fastai.layers import NormType, ToTensorBase
 from fastai.tabular.model import TabularModel
 from fastai.vision.learner import create_unet_model, create_vision_model
 from fastai.vision.models import xresnet
 from fastcore.script import call_parse, store_true
 from torch import nn
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils._pytree import tree_leaves
 from torchvision import models as M
 from tqdm import tqdm
@@ -36,6 +37,19 @@ widths = 32,64,128,256,512   # Channels of a chain of 10 layers
 def _image(side): return lambda n: (torch.randn(n, 3, side, side),)
 def _rows(n): return torch.randint(5, (n,3)),torch.randn(n, 4)
 def _torchvision(name): return lambda: M.get_model(name, weights=None)
+def _timm(name): return lambda: timm.create_model(name)
+
+class MaxNormConv(nn.Conv2d):
+    "A convolution whose filters are at most 1 long, at every call"
+    def forward(self, x): return F.conv2d(x, torch.renorm(self.weight, 2, 0, 1.), self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+class EEGNet(nn.Sequential):
+    "EEGNet-8,2 for 22 electrodes and `times` samples, as Lawhern et al. have it"
+    def __init__(self, times=1125, classes=4):
+        time,space = nn.Conv2d(1, 8, (1,64), padding='same', bias=False),MaxNormConv(8, 16, (22,1), groups=8, bias=False)
+        depth,point = nn.Conv2d(16, 16, (1,16), padding='same', groups=16, bias=False),nn.Conv2d(16, 16, 1, bias=False)
+        def _end(n): return nn.BatchNorm2d(16),nn.ELU(),nn.AvgPool2d((1,n))
+        super().__init__(time, nn.BatchNorm2d(8), space, *_end(4), depth, point, *_end(8), nn.Flatten(), nn.Linear(16*(times//4//8), classes))
 
 all_models = { # name -> (what builds it, what makes a sample of n items)
     'vision_learner resnet18': (lambda: create_vision_model(M.resnet18, 10, pretrained=False), _image(64)),
@@ -43,7 +57,10 @@ all_models = { # name -> (what builds it, what makes a sample of n items)
     'unet_learner resnet18': (lambda: create_unet_model(M.resnet18, 3, (128,128), pretrained=False), _image(128)),
     'tabular': (lambda: TabularModel([(10,6),(5,4),(100,20)], 4, 2, [200,100]), _rows),
     **{o: (_torchvision(o), _image(224)) for o in ('resnet18','regnet_y_800mf','shufflenet_v2_x1_0','mnasnet1_0')},
-    'xresnet18': (lambda: xresnet.xresnet18(n_out=10), _image(128))}
+    'xresnet18': (lambda: xresnet.xresnet18(n_out=10), _image(128)),
+    **{o: (_timm(o), _image(224)) for o in ('nfnet_l0','resnetv2_50x1_bit')}, # these and what follows compute weights at every call
+    'EEGNet': (EEGNet, lambda n: (torch.randn(n, 1, 22, 1125),)),
+    'unet_learner spectral norm': (lambda: create_unet_model(M.resnet18, 3, (128,128), pretrained=False, norm_type=NormType.Spectral), _image(128))}
 deployed = list(all_models)[:7] # Run with every engine, which takes minutes each to compile; the others only with those that run every variant
 
 def build(
@@ -94,6 +111,28 @@ def normless(
             m._modules.update(dict.fromkeys(names)) # code may ask whether there is one: there is none
     return model
 
+# ---- The network that holds its weights
+
+def _standardized(m, scale=None):
+    return F.batch_norm(m.weight.reshape(1, m.out_channels, -1), None, None, scale, training=True, momentum=0., eps=m.eps).reshape(m.weight.shape)
+# What weight the forward of each class computes
+by_hand = dict(StdConv2d=_standardized, ScaledStdConv2d=lambda m: _standardized(m, (m.gain*m.scale).view(-1)),
+    MaxNormConv=lambda m: torch.renorm(m.weight, 2, 0, 1.))
+
+def holding(
+    model:nn.Module # In eval
+) -> nn.Module: # A copy
+    "The same network with each weight that it computes at every call stored by hand, if there are any"
+    model = copy_model(model)
+    for m in list(model.modules()):
+        if any(isinstance(h, SpectralNorm) for h in m._forward_pre_hooks.values()): nn.utils.remove_spectral_norm(m)
+        for k,o in m.named_children():
+            if (f := by_hand.get(type(o).__name__)) is None: continue
+            new = nn.Conv2d(o.in_channels, o.out_channels, o.kernel_size, o.stride, o.padding, o.dilation, o.groups, o.bias is not None)
+            new.weight,new.bias = nn.Parameter(f(o).detach()),o.bias
+            m._modules[k] = new.eval()
+    return model
+
 # ---- What is compared
 
 base,ours,stripped,last,limit = 'original','fasterfold','fasterfold strip_identity','fasterfold channels_last','no norms'
@@ -103,7 +142,7 @@ def variants(
     sample:tuple,    # Its arguments
     tools:dict       # name -> `Peer`
 ) -> dict: # name -> module, or a text that says why there is none
-    "The model as it is, as each tool folds it, and without norms"
+    "The model as it is, as each tool folds it, and without norms and with all weights stored by hand"
     res = {base: model}
     def _try(name, f):
         try:
@@ -112,7 +151,7 @@ def variants(
     for k,o in tools.items(): _try(k, lambda: o.fold(copy_model(model), sample)[0])
     _try(stripped, lambda: BN_Folder(strip_identity=True).fold(model, sample))
     if any(p.ndim==4 for p in model.parameters()): _try(last, lambda: BN_Folder(channels_last=True).fold(model, sample))
-    _try(limit, lambda: normless(BN_Folder().fold(model, sample)))
+    _try(limit, lambda: normless(BN_Folder(store_weights=False).fold(holding(model), sample)))
     return res
 
 all_engines = {} # name -> (function that readies a model, devices it runs on)
@@ -280,7 +319,7 @@ def _chosen(names, among):
 @call_parse
 def main(
     tools:str=','.join(any_shape), # Tools to fold with, comma-separated
-    models:str=None, # Models to time, comma-separated; by default all, the last five only with eager and CUDA graph
+    models:str=None, # Models to time, comma-separated; by default all, those after the first seven only with eager and CUDA graph
     engines:str=','.join(all_engines), # What to run them with, comma-separated; those that the device lacks are left out
     device:str='cuda' if torch.cuda.is_available() else 'cpu', # 'cpu' or 'cuda'
     turns:int=11,     # How often each is timed

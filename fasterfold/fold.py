@@ -14,19 +14,21 @@ from textwrap import shorten
 from fastcore.basics import patch, store_attr
 from torch import nn
 from torch.utils.benchmark import Timer
+from .constants import computing, explained, storable, store_weights, told_by_reason
 from .cover import Cover, describe, difference, same_edits, widen
 from .edit import Snapshot, apply_plan, by_name
 from .plan import FoldPlan, plan_folds
 from .proof import Proof, compare_runs, distance, eps_of, largest, prove, run_as, to_double
 from .sample import Sample
-from .state import Contents, FoldError, Still, check_model, clock, copy_model, is_dense, own_modes, preserved, tensors_in, wide
-from .strip import strip_dropout, strip_identity, take_out
+from .state import Contents, FoldError, Still, Structure, check_model, clock, copy_model, is_dense, own_modes, preserved, tensors_in, wide
+from .strip import strip_dropout, strip_identity, strip_unused, take_out
 from .trace import glance, trace
 
 
 # %% ../nbs/11_fold.ipynb #eb52023c
 _yes_no = True,False
-_values = dict(strip_dropout=_yes_no, strip_identity=_yes_no, merge_branches=_yes_no, channels_last=(*_yes_no,'auto'), verify=_yes_no) # what each option may be
+_values = dict(strip_dropout=_yes_no, strip_identity=_yes_no, merge_branches=_yes_no, channels_last=(*_yes_no,'auto'), verify=_yes_no, # what each option may be
+    store_weights=_yes_no, strip_unused=_yes_no)
 
 def _check_option(k, v):
     "Raise `FoldError` if the option `k` cannot be `v`."
@@ -102,13 +104,15 @@ class BN_Folder:
         merge_branches:bool=False, # First merge blocks that know how to (RepVGG, MobileOne, …; needs timm)?
         channels_last:bool|str=False, # Also use channels_last weights? 'auto' measures both and keeps the faster
         verify:bool=True, # Run the folded model and compare? Costs two forward passes
+        store_weights:bool=True, # Also compute weights once that are computed at every call, as standardized and parametrized ones are?
+        strip_unused:bool=False, # Also replace what runs on no sample, such as auxiliary heads, by modules without weights, which cannot run?
     ):
         store_attr()
         for k in _values: _check_option(k, getattr(self, k))
-        self.result,self.formats,self._undo,self._last,self._whole = None,{},[],None,None
+        self.result,self.formats,self._undo,self._last,self._whole,self._more = None,{},[],None,None,{}
 
     def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={getattr(self, k)!r}' for k in _values)})"
-    def __getstate__(self): return vars(self) | dict(_undo=[], _last=None, _whole=None) # the model it folded stays here
+    def __getstate__(self): return vars(self) | dict(_undo=[], _last=None, _whole=None, _more={}) # the model it folded stays here
 
     @_public
     def plan(self,
@@ -124,9 +128,13 @@ class BN_Folder:
         model = check_model(model)
         samples = _samples(model, sample, samples)
         if self.merge_branches: _merge(model:=copy_model(model), samples[0])
-        cover = widen(Cover(model, samples, trace))
+        cover = Cover(model, samples, trace)
+        was = Structure(model) if self.strip_unused or self.store_weights and computing(cover.main.graph) else None
+        try: cover = widen(self._ready(model, cover))
+        finally:
+            if was: was.restore()
         cover.main.plan.covers = describe(cover, 'Traced')
-        return cover.main.plan
+        return self._told(cover.main.plan)
 
     @_public
     def fold(self,
@@ -163,6 +171,9 @@ def refold(self:BN_Folder)->FoldPlan: # What was folded now
     target,graph,kept = self._last
     before = self.result
     with self._all_or_nothing(target):
+        if before.stored or before.unused: # what was stored then came from the weights of then
+            self.result = self._fold(target, self._more['samples'])
+            return self.result
         self.result = self._try(target, graph, dict(kept))
         if self.strip_dropout: strip_dropout(target, graph)
         take_out(target, before.stripped)
@@ -215,18 +226,42 @@ def _fold_as(self:BN_Folder, target, graph, exclude, tests, plan=None):
 def _fold(self:BN_Folder, target, samples):
     "Fold `target` in place; returns the plan."
     if self.merge_branches: _merge(target, samples[0])
-    plan,cover = self._at_a_glance(target, samples) if self.verify and len(samples)==1 else (None,None)
+    self._more = {}
+    plan,cover = self._at_a_glance(target, samples) if self.verify and len(samples)==1 and not self.strip_unused else (None,None)
     if plan is None:
         known = [] if cover is None else cover.trials[1:]
-        try: plan = self._proved(target, cover := Cover(target, samples, trace, known))
+        try: plan = self._proved(target, cover := self._ready(target, Cover(target, samples, trace, known)))
         except _Unlike: plan = self._proved(target, cover := Cover(target, samples, partial(trace, watched=False)))
+    plan = self._told(plan)
     if self.strip_dropout: strip_dropout(target, self._last[1])
-    if self.strip_identity:
-        plan.stripped,notes = strip_identity(target, [t.sample for t in cover.trials], self.verify)
-        plan.notes += notes
+    if self.strip_identity: plan.stripped,plan.notes[len(plan.notes):] = strip_identity(target, [t.sample for t in cover.trials], self.verify)
     if self.channels_last:
         self._undo.append(Snapshot(target)) # of the folded weights: the last to change is the first to go back
         self.formats = _format(target, samples[0], self._undo[-1], self.channels_last=='auto')
+    return plan
+
+# %% ../nbs/11_fold.ipynb #5a1c0f60
+@patch
+def _ready(self:BN_Folder, target, cover):
+    "Take what did not run out of `target`, and store weights that are computed at every call; `cover`, or a new one if anything was tried."
+    found,why = storable(target, cover.main.graph) if self.store_weights else ([],{})
+    self._more = dict(stored=[], unused={}, why=why, notes=[])
+    if not found and not self.strip_unused: return cover
+    samples = [t.sample for t in cover.trials]
+    if self.verify: widen(cover)
+    tried = [t.sample for t in cover.trials]
+    if self.strip_unused: self._more['unused'],self._more['notes'] = strip_unused(target, [t.graph for t in cover.trials], tried)
+    self._more['stored'],left = store_weights(target, found, tried)
+    self._more |= dict(samples=samples, why=why|left)
+    return Cover(target, samples, trace, [] if self._more['stored'] or self._more['unused'] else cover.trials[len(samples):])
+
+@patch
+def _told(self:BN_Folder, plan):
+    "`plan`, with what `_ready` did."
+    if more := self._more:
+        plan.stored,plan.unused = more['stored'],more['unused']
+        plan.notes = plan.notes+more['notes']+told_by_reason('weights are computed at every call in', more['why'])
+        for o in plan.kept: o.reason = explained(o.reason, more['why'])
     return plan
 
 # %% ../nbs/11_fold.ipynb #19e056cd
@@ -239,6 +274,7 @@ def _at_a_glance(self:BN_Folder, target, samples):
     main,first,*traced = cover.main,*cover.trials
     asked = {q.where for t in traced for q in t.questions('data')}
     if not traced or not main.plan.folded or main.plan.kept or not all(q.where in asked for q in first.questions('data')): return None,cover
+    if self.store_weights and computing(main.graph): return None,cover
     exclude = {}
     plan = self._fold_as(target, main.graph, exclude, _tests(cover), main.plan)
     if exclude or not plan.proof.ok: return self._back(),cover

@@ -187,7 +187,7 @@ def figures(self:FoldReport)->list:
 # %% ../nbs/14_report.ipynb #efe0608d
 @patch(as_prop=True)
 def _notes(self:FoldReport):
-    res = [' '.join(self.plan.covers)] if self.plan.covers else []
+    res = self.plan.more + [' '.join(self.plan.covers)]*bool(self.plan.covers)
     if self.rounding: res.append(str(self.rounding))
     where = dict.fromkeys(c.base.where for c in self.latency.values())
     res += [f'Latency: medians on {w}, both models timed in turns.' for w in where] + self.plan.notes
@@ -227,7 +227,8 @@ def to_json(self:FoldReport)->str:
     found = dict(folded=len(self.plan.folded), kept=len(self.plan.kept))
     res = dict(norms=dict(found=sum(found.values()), **found), **pairs(dict(parameters=self.parameters, size=self.size)),
         latency={k:times(c) for k,c in self.latency.items()}, memory=pairs(self.memory), metrics=pairs(self.metrics), formats=self.formats,
-        rounding=self.rounding and {k:_finite(v) for k,v in vars(self.rounding).items()}, layers=self.to_df().to_dict('records'))
+        rounding=self.rounding and {k:_finite(v) for k,v in vars(self.rounding).items()},
+        stored=[vars(o) for o in self.plan.stored], unused=self.plan.unused, layers=self.to_df().to_dict('records'))
     return json.dumps(res, indent=1, allow_nan=False)
 
 # %% ../nbs/14_report.ipynb #aa659945

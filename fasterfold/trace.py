@@ -14,6 +14,7 @@ from threading import get_ident
 from torch import nn, Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook, register_module_forward_hook
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten
 from fastcore.basics import AttrDict, patch
 from .guards import Watch
@@ -30,7 +31,7 @@ class Value:
     kind:str # 'param', 'buffer', 'absent', 'outside', 'input' or 'op'
     store:int # The storage it lives in
     op:'Op' = None # The operation that made it
-    tensor:Tensor = None # The tensor itself, for leaves that are not inputs
+    tensor:Tensor = None # The tensor itself, for leaves that are not inputs; a copy, for a constant that was written to through another view
     names:tuple = () # Qualified names of a parameter or buffer
     users:list = field(default_factory=list) # Operations that read it
     hooks:list = field(default_factory=list) # What else sees it: user hooks, or whatever outlives the pass
@@ -137,10 +138,10 @@ _composite = torch._C.DispatchKey.CompositeImplicitAutograd
 
 @lru_cache(None)
 def _schema(func):
-    "Default of each argument, names of the arguments written to, name of an ATen operation, whether it only computes something from its arguments, and whether it is made of others."
+    "Default of each argument, names of the arguments written to, name of an ATen operation, whether it draws no random numbers, and whether it is made of others."
     args,name = func._schema.arguments,func._schema.name.split('::')[-1]
     writes = [a.name for a in args if a.alias_info is not None and a.alias_info.is_write]
-    pure = not writes and torch.Tag.nondeterministic_seeded not in func.tags
+    pure = torch.Tag.nondeterministic_seeded not in func.tags
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _composite)
     return {a.name:a.default_value if a.has_default_value() else None for a in args}, writes, name.removesuffix('_'), pure, composite
 
@@ -181,6 +182,7 @@ class Tracer(Dispatch):
         super().__init__()
         self.graph,self.known,self.stack = Graph(),_Known(),[] # `stack`: the module calls we are in
         self.stores,self.written,self.watch = 0,{},None # how many storages there are, and the last write to each
+        self.varying = set() # storages of leaves, and those that were written to with something that is not the same for every input
         named = list(model.named_modules(remove_duplicate=False))
         for name,m in named: self.graph.modules.setdefault(m, []).append(name)
         self._add_leaves(named)
@@ -224,7 +226,13 @@ def _add_leaves(self:Tracer, named):
                 at = _storage(t)
                 v = self._add(t, kind, shared.get(at), tensor=t, names=(name,), const=True)
                 shared[at] = v.store
+                self.varying.add(v.store)
                 self.graph.leaves.append(v)
+
+# %% ../nbs/04_trace.ipynb #5a1c0f62
+def _as_now(t):
+    "A copy of `t`, of which nobody hears."
+    with _disable_current_modes(): return t.detach().clone()
 
 # %% ../nbs/04_trace.ipynb #1980ad10
 @patch
@@ -235,7 +243,8 @@ def value(self:Tracer, t):
     wrote = self.written.get(v.store)
     if wrote is None or wrote.time<=v.time: return v
     op = self._op(None, 'stale', AttrDict(), [v, wrote])
-    op.outs = [self._add(t, 'op', v.store, op=op)]
+    const = v.const and v.store not in self.varying
+    op.outs = [self._add(t, 'op', v.store, op=op, const=const, tensor=_as_now(t) if const else None)]
     return op.out
 
 @patch
@@ -274,6 +283,9 @@ def _bind(self:Tracer, given):
 def _made(self:Tracer, op, out, written, pure, stores):
     "Add the values that `op` made: new versions of the arguments it wrote to, and what it returned."
     const = pure and bool(op.inputs) and not op.sized and all(v.const for v in op.inputs)
+    into = {stores.get(_storage(t)) for a in written for t in ([a] if isinstance(a, Tensor) else a or [])} # None: it got another memory
+    if const: const = self.varying.isdisjoint(into) and None not in into
+    else: self.varying |= into
     def new(t):
         at = _storage(t)
         v = self._add(t, 'op', stores.get(at), op=op, const=const)

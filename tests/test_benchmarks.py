@@ -76,6 +76,16 @@ def test_normless(name):
     assert not any(isinstance(m, (nn.Identity, nn.modules.batchnorm._NormBase)) for m in limit.modules())
     with torch.no_grad(): assert torch.equal(limit(*sample), folded(*sample))
 
+@pytest.mark.parametrize('name,n', [('EEGNet',1),('unet_learner spectral norm',18)])
+def test_weights_stored_by_hand(name, n):
+    model,sample = latency.build(name),latency.all_models[name][1](1)
+    folder = BN_Folder()
+    folder.fold(model, sample)
+    assert len(folder.result.stored)==n
+    held = latency.holding(model)
+    assert not BN_Folder().plan(held, sample).stored
+    with torch.no_grad(): assert torch.equal(held(*sample), model(*sample))
+
 def test_chain_shrinks_what_comes_in():
     model,sample = chain(50, 8)
     double,x = model.double(),sample[0].double()

@@ -245,11 +245,16 @@ def test_embedding_of_integers_that_are_held():
         def forward(self, i): return self.last(self.norm(self.emb(self.index[i%5])).relu())
     stays_right(Table, 1, x=torch.arange(7))
 
-@pytest.mark.parametrize('f', [lambda m,x: (x*m.c).real,lambda m,x: (x*m.c).abs(),lambda m,x: F.conv2d(x, m.w.real),lambda m,x: F.conv2d(x, m.w.abs())])
-def test_complex_weights(f):
+@pytest.mark.parametrize('f,n', [(lambda m,x: (x*m.c).real,0), (lambda m,x: (x*m.c).abs(),0), (lambda m,x: F.conv2d(x, m.w.real),1),
+    (lambda m,x: F.conv2d(x, m.w.abs()),1)])
+def test_complex_weights(f, n):
+    "Real weights that are computed from complex ones are stored, and take a norm up."
     def layer(): return Fn(f, c=nn.Parameter(torch.randn(4, 1, 1, dtype=torch.complex64)), w=nn.Parameter(torch.randn(4, 4, 1, 1, dtype=torch.complex64)))
-    stays_right(lambda: nn.Sequential(conv(), nn.Sigmoid(), layer(), nn.BatchNorm2d(4), nn.ReLU()), 0)
-    stays_right(lambda: nn.Sequential(conv(), nn.Sigmoid(), nn.BatchNorm2d(4), layer(), nn.ReLU()), 0)
+    def back(): return nn.Sequential(conv(), nn.Sigmoid(), layer(), nn.BatchNorm2d(4), nn.ReLU())
+    def forward(): return nn.Sequential(conv(), nn.Sigmoid(), nn.BatchNorm2d(4), layer(), nn.ReLU())
+    for make in (back,forward):
+        stays_right(make, n)
+        assert not BN_Folder(store_weights=False).plan(made(make), torch.randn(2, 3, 6, 6)).folded
 
 # ---- Norms with a forward of their own
 

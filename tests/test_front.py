@@ -143,7 +143,7 @@ class Huge(nn.Sequential):
     def __repr__(self): return 'layers\n'*1000
 
 def test_folder_shows_its_options():
-    assert repr(BN_Folder())=='BN_Folder(strip_dropout=False, strip_identity=False, merge_branches=False, channels_last=False, verify=True)'
+    assert repr(BN_Folder())=='BN_Folder(strip_dropout=False, strip_identity=False, merge_branches=False, channels_last=False, verify=True, store_weights=True, strip_unused=False)'
     given = dict(strip_dropout=True, strip_identity=True, merge_branches=True, channels_last='auto', verify=False)
     assert vars(eval(repr(BN_Folder(**given))))==vars(BN_Folder(**given))
     folder = BN_Folder(channels_last=True)

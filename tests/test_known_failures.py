@@ -293,18 +293,24 @@ COMPUTED = dict(weight_norm_old=torch.nn.utils.weight_norm, weight_norm=parametr
 @pytest.mark.parametrize('kind', COMPUTED)
 @pytest.mark.parametrize('order', ['back','forward'])
 def test_computed_weights(kind, order):
-    "Folded or kept with the reason; in both cases right, and the parametrization still there."
+    "The weight is stored and the norm folds into it; where it goes on being computed, it folds or is kept with the reason."
     layer = COMPUTED[kind](conv(4, 4, 1))
     net = nn.Sequential(layer, nn.BatchNorm2d(4)) if order=='back' else nn.Sequential(nn.Sigmoid(), nn.BatchNorm2d(4), layer)
-    plan = folds(net, image(4))
+    randomize_norms(net).double()
+    folder = BN_Folder(store_weights=False)
+    check_fold(net, folder.fold(net, image(4)), image(4), BN_Folder(store_weights=False, verify=False))
+    plan = folder.result
     assert names_of(plan.folded)+names_of(plan.kept)==['1'] and all('weight' in o.reason or 'comes after' in o.reason for o in plan.kept)
+    folds(net, image(4))
 
 class Symmetric(nn.Module):
     def forward(self, w): return w+w.transpose(0, 1)
 def test_own_parametrization():
     layer = conv(4, 4, 1)
     parametrize.register_parametrization(layer, 'weight', Symmetric())
-    folds(nn.Sequential(layer, nn.BatchNorm2d(4)), image(4), kept='1')
+    net = randomize_norms(nn.Sequential(layer, nn.BatchNorm2d(4))).double()
+    assert names_of(BN_Folder(store_weights=False).plan(net, image(4)).kept)==['1']
+    folds(net, image(4))
 
 # ---- hooks
 

@@ -54,7 +54,7 @@ CASES = { # what is told: (model, input, the norm, its reason)
         '`addcmul` in `the model` reads it twice, and …'),
     'returned weight': (Fn(lambda m,x: (m.norm(m.conv(x)), m.conv.weight), conv=conv(), norm=norm()), image, 'norm', 'the model returns `conv.weight`, and …'),
     'computed weight': (Fn(lambda m,x: F.conv2d(m.norm(x.tanh()), m.c.weight.sigmoid(), m.c.bias), c=conv(), norm=norm(3)), image, 'norm',
-        '…, and `sigmoid` in `the model` computes a weight'),
+        '…, and `sigmoid` in `the model` computes a weight at every call, which cannot be stored (it is the whole model)'),
     'followed by batch statistics': (nn.Sequential(nn.Sigmoid(), norm(3), nn.BatchNorm2d(3, track_running_stats=False)), image, '1',
         'it comes after `0` (Sigmoid), and `2` (BatchNorm2d) cannot take it up'),
     'no norm each time': (Fn(lambda m,x: m.scale(m.conv(x))+m.scale(x[:,:1]), conv=conv(), scale=Scale()), image, 'scale', 'it is no norm each time it runs'),

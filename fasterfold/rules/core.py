@@ -10,6 +10,7 @@ __all__ = ['PULL', 'PUSH', 'CONSTANT', 'BESIDE', 'Blocked', 'Context', 'need', '
 # %% ../../nbs/rules/00_core.ipynb #50a2a99b
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from ..affine import Affine, unbroadcast
 from ..state import wide
 from ..trace import Op, Value
@@ -30,7 +31,7 @@ class Context:
     )->Tensor: # Its numbers after the edits, in float64 on the CPU
         "The numbers of a constant value."
         if v.kind=='absent': t = torch.full(v.shape, v.fill, dtype=torch.float64)
-        elif v.op is None:   t = v.tensor.detach()
+        elif v.tensor is not None: t = v.tensor.detach()
         elif v.op.name=='_to_copy' and v.dtype.is_floating_point and v.op.args.self.dtype.is_floating_point: return self.read(v.op.args.self)
         else: t = self._compute(v)
         need(not t.is_complex(), f"`{v.name}` is complex")
@@ -40,6 +41,7 @@ class Context:
 
     def _compute(self, v):
         sig,given = v.op.func._schema.arguments,{k:self._arg(a) for k,a in v.op.args.items()}
+        given |= {a.name:tree_map(torch.clone, given[a.name]) for a in sig if a.alias_info is not None and a.alias_info.is_write} # not into a weight of the model
         out = v.op.func(*[given[a.name] for a in sig if not a.kwarg_only], **{a.name:given[a.name] for a in sig if a.kwarg_only})
         return out if isinstance(out, Tensor) else [o for o in out if isinstance(o, Tensor)][v.op.outs.index(v)]
 
