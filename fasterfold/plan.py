@@ -361,8 +361,9 @@ def plan_folds(
                 plan.removed[m],idle = waiting.pop(m)[0].stay,0
             except Blocked as e: why[m] = dict.fromkeys(('back','forward'), str(e))
         if idle<2: continue # else neither way does any more fold
-        if planner.reach>near: break
-        planner.reach,idle = (near+8*len(graph.ops)//max(len(waiting), 1) if planner.reach else near),0 # all that wait together look at as much as the model is long
+        if planner.reach>near or not waiting: break
+        far = near+1+8*len(graph.ops)//len(waiting) # all that wait together look at as much as the model is long, some times over
+        planner.reach,idle = far if planner.reach else near,0
     _settled(plan, planner)
     plan.folded.sort(key=lambda o: place[o.norm])
     for m,calls in waiting.items():

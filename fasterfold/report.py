@@ -104,7 +104,7 @@ def kept_rows(
     return [['norm', 'norms', 'why'], *_cut(rows, limit, more)]
 
 # %% ../nbs/14_report.ipynb #434ef1f3
-_where_to = dict(back='into layers before them', forward='into layers after them', beside='into layers beside them')
+_where_to = {'back':'into layers before them', 'forward':'into layers after them', 'both ways':'into layers on both sides', 'beside':'into layers beside them'}
 
 @dataclass(repr=False)
 class FoldReport:
