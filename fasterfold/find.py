@@ -107,6 +107,7 @@ def _other(call):
     "Why a call that runs batch normalizations is no norm."
     if not isinstance(call.module, _BatchNorm): return f"`batch_norm` is called as a function in `{type(call.module).__name__}.forward`, which cannot be edited"
     if len(call.ins)!=1: return "it is called by keyword with several tensors or one that is written to" if call.keys else "it is not called with one tensor"
+    if call.out is not None and call.out.kind=='outside': return f"it returns a `{type(call.out.tensor).__name__}`, which nobody saw being made"
     return f"`{type(call.module).__name__}.forward` does more than scale and shift each channel of its input"
 
 def _read_norm(call, n, ctx):

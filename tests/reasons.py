@@ -171,6 +171,7 @@ FORMS = { # all other reasons: what must hold of the `Around` and the `Side`
     "it is called by keyword with several tensors or one that is written to": lambda n,s: any(c.keys and len(c.ins)!=1 for c in n.calls),
     "it is not called with one tensor": lambda n,s: any(len(c.ins)!=1 for c in n.calls),
     r"`(\w+).forward` does more than scale and shift each channel of its input": lambda n,s,t: t in {type(c.module).__name__ for c in n.calls},
+    r"it returns a `(\w+)`, which nobody saw being made": lambda n,s,t: any(c.out.kind=='outside' and type(c.out.tensor).__name__==t for c in n.calls),
     "it runs no batch normalization of the input": lambda n,s: n.calls and not any(varies(v) for o in norm_ops(n) for v in o.inputs),
     "# computes with a size or number of the input": lambda n,s,l: any(o.sized and o.label==l for o in n.own),
     "`([^`]+)` is not of floating-point numbers": lambda n,s,w: not lent(n, s, w).dtype.is_floating_point,

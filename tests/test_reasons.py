@@ -1,5 +1,6 @@
 "Reasons that were not true, each by name; and a check of the check that all tests run, which must find those that are not."
 import pytest, torch, torch.nn.functional as F
+from fastai.torch_core import TensorBase
 from torch import nn
 from fasterfold.find import Kept
 from fasterfold.plan import plan_folds
@@ -25,6 +26,10 @@ class Scale(nn.Module):
         self.gamma = nn.Parameter(torch.rand(4, 1, 1)+.5)
     def forward(self, x): return x*self.gamma
 
+def of_class(m, cls):
+    "`m` with a weight of a class that has PyTorch's functions of its own."
+    m.weight = nn.Parameter(m.weight.detach().as_subclass(cls))
+    return m
 def positions(m, x): return m.norm(F.max_pool2d(m.conv(x), 2, return_indices=True)[1].float())
 def sampled(m, x): return F.grid_sample(x, m.norm(x[:,:2].tanh()).permute(0, 2, 3, 1), align_corners=False)
 def own_product(m, x): return torch.addmm(y:=m.norm(x.tanh()), y, m.w)
@@ -60,6 +65,7 @@ CASES = { # what is told: (model, input, the norm, its reason)
     'no norm each time': (Fn(lambda m,x: m.scale(m.conv(x))+m.scale(x[:,:1]), conv=conv(), scale=Scale()), image, 'scale', 'it is no norm each time it runs'),
     'one window': (Fn(lambda m,x: m.norm(m.conv(x).unfold(1, 4, 1)[:,0].permute(0, 3, 1, 2)), conv=conv(), norm=norm()), image, 'norm',
         '`unfold` in `the model` cannot scale each position differently, and …'),
+    'tensors of a class of their own': (nn.Sequential(of_class(conv(), TensorBase), norm()), image, '1', 'it returns a `TensorBase`, which nobody saw being made'),
     'padding': (Fn(lambda m,x: m.c(F.pad(m.norm(x.tanh()), (1,1))), norm=norm(3), c=conv()), image, 'norm',
         '…, and `constant_pad_nd` in `the model` adds values that the map would change'),
     'plain tensor': (Fn(plain_weight, plain=[torch.randn(4, 3, 1, 1), torch.randn(4)], norm=norm()), image, 'norm',
