@@ -9,7 +9,7 @@ from fastcore.script import call_parse, store_true
 from torch import nn
 from tqdm import tqdm
 
-import fasterfold.plan
+import fasterfold.spread
 from common import described, environment, grouped, hostile, in_turns, ms, results, save, slope, stats, table, timer
 from fasterfold.fold import BN_Folder
 from fasterfold.plan import plan_folds
@@ -75,7 +75,7 @@ def asked(
 ) -> tuple: # The plan, and how many rules
     "Plan, and count how often a rule is asked what becomes of a map at an operation"
     count,names = 0,('pull_through','push_through')
-    old = [getattr(fasterfold.plan, k) for k in names]
+    old = [getattr(fasterfold.spread, k) for k in names]
     def _counted(f):
         def _f(*args):
             nonlocal count
@@ -83,10 +83,10 @@ def asked(
             return f(*args)
         return _f
     try:
-        for k,f in zip(names, old): setattr(fasterfold.plan, k, _counted(f))
+        for k,f in zip(names, old): setattr(fasterfold.spread, k, _counted(f))
         plan = plan_folds(graph)
     finally:
-        for k,f in zip(names, old): setattr(fasterfold.plan, k, f)
+        for k,f in zip(names, old): setattr(fasterfold.spread, k, f)
     return plan,count
 
 def growth(
