@@ -538,3 +538,8 @@ def test_linear_without_bias_on_transposed_tokens(frozen):
     net = Fn(lambda m,x: m.norm(m.fc(x.transpose(1, 2)).flatten(0, 1)), fc=nn.Linear(5, 4, bias=False), norm=nn.BatchNorm1d(4))
     net.fc.requires_grad_(not frozen)
     folds(net, double(2, 5, 3), folded='norm')
+
+def test_flip_of_a_lone_number():
+    "It has no dimension, and PyTorch flips it along the first."
+    folds(Fn(lambda m,x: m.norm(m.conv(x)).mean().flip(0), conv=conv(), norm=nn.BatchNorm2d(4)), image())
+    assert 'lets no map pass' in reason(folds(Fn(lambda m,x: m.norm(x.tanh()).mean((0,2,3))[0].flip(0), norm=nn.BatchNorm2d(3)), image()), 'norm')

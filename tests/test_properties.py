@@ -9,6 +9,7 @@ from fastai.layers import BatchNorm1dFlat
 from hypothesis import HealthCheck,given,reject,settings,strategies as st
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import parametrize
 from torchvision.ops import FrozenBatchNorm2d
 from fasterfold.sample import Sample,awkward
 from helpers import *
@@ -44,6 +45,11 @@ class Chunked(nn.Module):
         super().__init__()
         self.m,self.dim = m,dim
     def forward(self, x): return torch.cat([self.m(o) for o in x.chunk(2, self.dim)], self.dim)
+
+class Centred(nn.Module):
+    def forward(self, w): return 2*(w-w.mean(0, keepdim=True))
+def _forward_centred(self, x): return self._conv_forward(x, self.weight-self.weight.mean(), self.bias)
+CENTRED = {r:type(f'Centred{r-2}d', (conv,), dict(forward=_forward_centred)) for r,conv in CONV.items()}
 
 class Net(nn.Module):
     "A program: each step reads some of the values so far and adds new ones."
@@ -279,6 +285,16 @@ def weight_norm(b, i):
     i = b.module(m, i)
     if m is b.net.mods[-1]: b.net.mods[-1] = nn.utils.parametrizations.weight_norm(m) if b.flag() else nn.utils.weight_norm(m)
     if b.flag(3): b.module(BATCH_NORM[b.rank(i)](b.shape(i)[1]), i)
+@kind(2)
+def computed_weight(b, i):
+    "A convolution that computes its weight at every call, in `forward` or by a parametrization."
+    m = b.conv(i)
+    if m is None: return
+    if b.flag(): m.__class__ = CENTRED[b.rank(i)]
+    else: parametrize.register_parametrization(m, 'weight', Centred())
+    i = b.module(m, i)
+    n = b.norm(i)
+    if n is not None and b.flag(): b.module(n, i)
 @kind()
 def functional_norm(b, i):
     bn = nn.BatchNorm1d(b.shape(i)[1]).double().eval() if b.rank(i)>1 else None

@@ -82,6 +82,7 @@ def dim_of(
     op:Op, # An operation along one dimension
 )->int: # Not negative
     "The dimension along which `op` works."
+    need(op.args.self.rank, f"{op.label} lets no map pass") # a lone number has no dimension, and can be flipped
     return op.args.get('dim', (op.args.get('dims') or [0])[0])%op.args.self.rank
 
 # %% ../../nbs/rules/00_core.ipynb #242e6751
