@@ -86,6 +86,7 @@ def alone(self:Network, v):
     if not v.dtype.is_floating_point: raise Blocked(f"`{v.names[0]}` is {'complex' if v.dtype.is_complex else 'not of floating-point numbers'}")
     if v.tensor is not None and not is_dense(v.tensor): raise Blocked(f"`{v.names[0]}` is sparse or nested")
     if v in self.twins: raise Blocked(f"`{v.names[0]}` shares its memory with `{self.twins[v].names[0]}`")
+    if not all(n.rpartition('.')[0] in self.owners for n in v.names): raise Blocked(f"{v.users[0].label} reads a tensor that is no lasting part of the model") # or would, if its module had it
     owners = {self.owners[n.rpartition('.')[0]]:n for n in v.names}
     scripted = [n for m,n in owners.items() if isinstance(m, torch.jit.ScriptModule)]
     if scripted: raise Blocked(f"`{scripted[0]}` is part of TorchScript, of which nothing is edited")

@@ -172,3 +172,14 @@ def test_scale_too_small_to_divide_by():
             folder = BN_Folder(verify=verify)
             check_fold(net, folder.fold(net, image()), image(3, 8, 8))
             assert len(folder.result.folded)==n
+
+# ---- Layers that are no part of the model
+
+def test_shift_wanted_of_a_layer_that_is_not_registered():
+    "It has no bias that could take it up, and nobody would find one that was made for it."
+    hidden = [conv(4, 4, bias=False)]
+    def f(m, x): return m.c(m.bn(m.a(x)+hidden[0](x.new_ones(1, 4, 1, 1)*x.mean())).relu())
+    net = scaled(lambda: Fn(f, a=conv(bias=False), bn=bn(), c=conv(4, 2)), 'positive')
+    for verify in (True,False):
+        folder = BN_Folder(verify=verify)
+        check_fold(net, folder.fold(net, image()), image(3, 8, 8))
