@@ -217,7 +217,11 @@ def run(self:Spread):
 @patch
 def visit(self:Spread, o, new, why):
     "Let `o` cope with all that is known around it, of which `new` is news."
-    rep,gauges,asked = self.net.rep,self.gauges,set(self.asked[o])
+    rep,gauges = self.net.rep,self.gauges
+    for v in [v for v in self.asked[o] if v.is_leaf and self.net.users(v)==[o]]: # of what nobody else reads, `o` may ask anew
+        for held in (self.asked[o],self.met[o]): held.discard(v)
+        del gauges[v]
+    asked = set(self.asked[o])
     given = [u for u in o.inputs if (v := rep(u)) in gauges and v not in asked and (not u.const or v is new)]
     ins = {u:gauges[rep(u)].back for u in given if not gauges[rep(u)].is_identity}
     outs = {v:gauges[v].to for v in o.outs if v in gauges and v not in asked}

@@ -17,6 +17,7 @@ from operator import eq, is_
 from timeit import default_timer
 from types import CellType, FunctionType, MethodType, ModuleType
 from torch import nn, Tensor
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
@@ -434,7 +435,8 @@ _containers = dict,OrderedDict,set
 def _copied(model, memo):
     "`deepcopy` of `model`, of whose attributes most are plain values and empty containers, which need no search."
     hows = '__deepcopy__','__reduce__','__reduce_ex__','__getstate__'
-    plain = [m for m in model.modules() if all(getattr(type(m), k, None) is getattr(nn.Module, k, None) for k in hows)]
+    def usual(f, k): return f is getattr(nn.Module, k, None) or getattr(f, '__module__', None)==parametrize.__name__ # which copies just so
+    plain = [m for m in model.modules() if all(usual(getattr(type(m), k, None), k) for k in hows)]
     def value(v):
         if _is_plain(v): return v
         if type(v) in _containers and not v: return memo.setdefault(id(v), type(v)())
@@ -443,7 +445,7 @@ def _copied(model, memo):
             if isinstance(v, (nn.Module,Tensor,dict,list,tuple,set)) or isinstance(e, FoldError): raise
             return memo.setdefault(id(v), v)
     for m in plain: memo[id(m)] = type(m).__new__(type(m))
-    for m in reversed(plain): memo[id(m)].__setstate__({k: v if type(v) in _as_is else value(v) for k,v in m.__reduce_ex__(4)[2].items()}) # children first
+    for m in reversed(plain): memo[id(m)].__setstate__({k: v if type(v) in _as_is else value(v) for k,v in vars(m).items()}) # children first
     return copy.deepcopy(model, memo)
 
 @growing()

@@ -1,5 +1,5 @@
 "Weights that are computed at every call are stored where nothing tells the difference, and what never runs goes."
-import copy, io, itertools, pickle
+import copy, io, itertools, pickle, threading
 import pytest, timm, torch, torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -533,3 +533,10 @@ def test_pruned_resnet():
     new = folder.fold(net, x)
     assert len(folder.result.stored)==20 and not folder.result.kept and not any('mask' in k for k in new.state_dict())
     check_fold(net, new, x)
+
+def test_a_copy_of_a_parametrized_layer_shares_its_lock():
+    m = nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    m[0].lock = threading.Lock()
+    x = torch.randn(2, 3, 6, 6)
+    new = BN_Folder().fold(m, x)
+    assert new[0].lock is m[0].lock and distance(run(new, x), run(m, x))<1e-6

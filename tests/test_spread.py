@@ -158,6 +158,13 @@ def test_dense_network():
     check_fold(net, folder.fold(net, x), torch.randn(1, 3, 96, 64))
     assert len(folder.result.folded)>=62
 
+def test_convolution_on_both_sides_of_which_values_change():
+    "Its weight takes up what comes in and what goes out, one after the other."
+    def f(m, x):
+        y = m.a(x)
+        return m.c(m.bn(y).relu()+m.k(y))
+    goes(lambda: Fn(f, a=conv(), bn=bn(), k=conv(4, 4), c=conv(4, 2)), images(), positive=1, signs=1, zero=0)
+
 # ---- Scales that are too small to divide by
 
 def test_scale_too_small_to_divide_by():
