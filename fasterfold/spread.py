@@ -235,7 +235,8 @@ def visit(self:Spread, o, new, why):
     if asks is None: raise no
     if not asked<={rep(v) for v,_ in asks}: raise self.clash(o)
     for v,g in asks:
-        other = why or (f"it is added to something else in {o.label}" if ins and v in o.inputs and not v.const else None)
+        joins = f"it is added to something else in {o.label}" if o.name in ('add','sub','rsub') else f"{o.label} joins it with what would have to change"
+        other = why or (joins if ins and v in o.inputs and not v.const else None)
         if other and not self.reach: raise Blocked(other)
         try: self.set(v, g, o, other)
         except Blocked as e: raise Blocked(other) if other else e

@@ -109,6 +109,7 @@ OPS = { # what a reason says of an operation `#`: what must hold of the operatio
     "# drops some of it at random": lambda o,n: o.args.dropout_p,
     "# has no bias to take the shift": lacks('bias'),
     "# has no weight to take the scale": lacks('weight'),
+    "# joins it with what would have to change": lambda o,n: len({*map(n.rep, o.inputs)})>1 or twice(o, n),
     "# joins a value with itself": lambda o,n: o.name in ('cat','stack') and twice(o, n),
     "# joins empty tensors": lambda o,n: any(0 in v.shape or not v.rank for v in o.inputs),
     "# lets no map pass": lambda o,n: 'other' in o.args or not o.args.self.rank,
