@@ -45,6 +45,7 @@ class Network:
         held = [v for v in graph.leaves if v.tensor is not None and is_dense(v.tensor)]
         self.twins = {held[i]:held[j] for i,j in overlapping([v.tensor for v in held])} # leaf to one that has some of its numbers
         self.stops = {} # value to what lets no shift of it pass
+        self.lone = {o for o in graph.ops if sum(not u.const for u in o.inputs)==1} # operations that read one value and weights
 
     def rep(self, v):
         "The value that is left of `v` after the norms that are gone."
@@ -189,7 +190,7 @@ class Spread:
         wave = 3*v.const # weights come last
         if v.op is not None and v.op is not by: self._put(wave+1, -v.op.index, v, v.op)
         for o in self.net.users(v):
-            if o is not by: self._put(wave+2*(sum(not u.const for u in o.inputs)!=1), o.index, v, o)
+            if o is not by: self._put(wave+2*(o not in self.net.lone), o.index, v, o)
 
     def also(self, v, o):
         "What to say if the reader `o` of `v` cannot cope."
