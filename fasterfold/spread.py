@@ -224,20 +224,22 @@ def visit(self:Spread, o, new, why):
         del gauges[v]
     asked = set(self.asked[o])
     given = [u for u in o.inputs if (v := rep(u)) in gauges and v not in asked and (not u.const or v is new)]
-    ins = {u:gauges[rep(u)].back for u in given if not gauges[rep(u)].is_identity}
+    changed = [u for u in given if not gauges[rep(u)].is_identity]
     outs = {v:gauges[v].to for v in o.outs if v in gauges and v not in asked}
-    if ins: outs |= {v:Affine.identity(v.rank) for v in o.outs if v is not None and v not in gauges and self.net.bound(v)}
+    wanted = dict(outs)
+    if changed: outs |= {v:Affine.identity(v.rank) for v in o.outs if v is not None and v not in gauges and self.net.bound(v)}
     self.met[o] |= {rep(u) for u in given} | outs.keys()
     asks,no = None,None
     for side in (self.sides[0],~self.sides[0]): # where a term is given already, the other one may take up the rest
-        try: asks = self.solve(o, ins, outs, side)
+        try: asks = self.solve(o, {u:gauges[rep(u)].back for u in changed}, outs, side)
         except Blocked as e: no = no or e
+        if asks is None and wanted: asks = self.as_wanted(o, changed, wanted, side)
         if asks is not None or not (given and outs): break
     if asks is None: raise no
     if not asked<={rep(v) for v,_ in asks}: raise self.clash(o)
     for v,g in asks:
         joins = f"it is added to something else in {o.label}" if o.name in ('add','sub','rsub') else f"{o.label} joins it with what would have to change"
-        other = why or (joins if ins and v in o.inputs and not v.const else None)
+        other = why or (joins if changed and v in o.inputs and not v.const else None)
         if other and not self.reach: raise Blocked(other)
         try: self.set(v, g, o, other)
         except Blocked as e: raise Blocked(other) if other else e
@@ -248,6 +250,7 @@ def clash(self:Spread, o):
     bound = next(filter(None, (self.net.bound(v) for v in o.outs if v is not None)), None)
     return bound or Blocked(f"different maps are wanted of what {o.label} makes")
 
+# %% ../nbs/05_spread.ipynb #9771aa01
 @patch
 def solve(self:Spread, o, ins, outs, side):
     "What `o` asks of other values around it when its inputs carry the maps `ins` and its outputs get the maps `outs`."
@@ -264,3 +267,20 @@ def solve(self:Spread, o, ins, outs, side):
             if rep(u) in self.met[o] and not u.const: raise self.clash(o)
             asked[u] = m@asked[u] if u in asked else m
     return [(u,Gauge(m)) for u,m in asked.items()] + [(v,Gauge(back=m)) for v,m in carry.items()]
+
+@patch
+def pulled(self:Spread, o, outs, side):
+    "What the maps wanted of `outs` ask of the inputs of `o`, by input."
+    ctx,asks = Sided(self.net.edits, side, self.noted, 0),{}
+    for v,a in outs.items():
+        for u,m in self.net.pull(v, a, self.inside, ctx): asks[u] = m@asks[u] if u in asks else m
+    return asks
+
+@patch
+def as_wanted(self:Spread, o, changed, outs, side):
+    "What `o` asks of other inputs if the maps wanted of `outs` want of those that are `changed` just what these become, be it by a scale of zero; else None."
+    try: asks = self.pulled(o, outs, side)
+    except Blocked: return None
+    known = {u:m for u,m in asks.items() if self.net.rep(u) in self.met[o] and not u.const}
+    same = {*map(self.net.rep, known)}>={*map(self.net.rep, changed)} and all(self.gauges[self.net.rep(u)].agrees(Gauge(m)) for u,m in known.items())
+    return [(u,Gauge(m)) for u,m in asks.items() if u not in known] if same else None

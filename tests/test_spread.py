@@ -158,6 +158,11 @@ def test_dense_network():
     check_fold(net, folder.fold(net, x), torch.randn(1, 3, 96, 64))
     assert len(folder.result.folded)>=62
 
+def test_value_that_comes_to_a_norm_in_two_ways():
+    "Both want the same of it, and nothing has to be divided by a scale, be it zero."
+    def f(m, x): return m.bn((y:=m.a(x)).flip(2)+y.flip(3)+m.k(x).flip(2)).relu()
+    goes(lambda: Fn(f, a=conv(), k=conv(), bn=bn()), images(), positive=1, signs=1, zero=1)
+
 def test_convolution_on_both_sides_of_which_values_change():
     "Its weight takes up what comes in and what goes out, one after the other."
     def f(m, x):
