@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastcore.basics import patch
 from .affine import Affine
 from .rules import CONSTANT, Context, Blocked, constant_map, push_through
-from .trace import Call, Graph, Value
+from .trace import Call, Graph, Value, made_of
 
 # %% ../nbs/05_find.ipynb #03012c87
 @dataclass(eq=False)
@@ -28,12 +28,7 @@ class NormCall:
 
     def leaves(self):
         "The parameters and buffers that make its map."
-        todo,res = [v for o in self.ops for v in o.inputs if v.const],set()
-        while todo:
-            v = todo.pop()
-            if v.op is None: res.add(v)
-            else: todo += v.op.inputs
-        return res
+        return made_of(*[v for o in self.ops for v in o.inputs if v.const])[0]
 
 # %% ../nbs/05_find.ipynb #8815ad18
 @patch

@@ -130,7 +130,10 @@ def _undone(a): return Affine(1/a.scale, -ratio(*torch.broadcast_tensors(a.shift
 
 class Gauge:
     "What becomes of a value when norms go: `new = to(old)`, `old = back(new)`. Either follows from the other, unless a scale is zero."
-    def __init__(self, to=None, back=None): vars(self).update({k:a for k,a in (('to',to),('back',back)) if a is not None})
+    def __init__(self,
+        to=None, # `Affine`: what it becomes
+        back=None, # `Affine`: how to have it back
+    ): vars(self).update({k:a for k,a in (('to',to),('back',back)) if a is not None})
     @cached_property
     def to(self): return _undone(self.back)
     @cached_property
@@ -171,8 +174,13 @@ class Spread:
         self.noted,self.gauges,self.queue = set(),{},[] # noted: which sides a rule asked for
         self.met,self.asked = defaultdict(set),defaultdict(set) # by operation: the values it counts with, and those of them that it asked for itself
 
-    def set(self, v, g, by=None, why=None):
-        "Let `v` have the gauge `g`, which the operation `by` asks for: who makes it and all who read it will have to cope. `why` says what went wrong if they cannot."
+    def set(self,
+        v, # A value
+        g, # The `Gauge` that it gets
+        by=None, # The operation that asks for it
+        why=None, # What to say if who makes it or reads it cannot cope, None for the rules' own words
+    ):
+        "Let `v` have the gauge `g`. Raises `Blocked` if it has another one, or must stay as it is."
         v = self.net.rep(v)
         self.why.setdefault(v, why)
         if by is not None: self.met[by].add(v)
@@ -196,6 +204,10 @@ class Spread:
         "What to say if the reader `o` of `v` cannot cope."
         if v.is_leaf: return f"`{v.names[0]}` is also used by {o.label}"
         return f"{'its input' if v in self.ins else f'what {v.op.label} makes'} also feeds {o.label}"
+
+    def joins(self, o):
+        "What to say if another input of `o` cannot follow."
+        return f"it is added to something else in {o.label}" if o.name in ('add','sub','rsub') else f"{o.label} joins it with what would have to change"
 
     def _put(self, *key): heapq.heappush(self.queue, (*key[:2], len(self.gauges), key[2].index, id(key[2]), *key[2:]))
 
@@ -238,8 +250,7 @@ def visit(self:Spread, o, new, why):
     if asks is None: raise no
     if not asked<={rep(v) for v,_ in asks}: raise self.clash(o)
     for v,g in asks:
-        joins = f"it is added to something else in {o.label}" if o.name in ('add','sub','rsub') else f"{o.label} joins it with what would have to change"
-        other = why or (joins if changed and v in o.inputs and not v.const else None)
+        other = why or (self.joins(o) if changed and v in o.inputs and not v.const else None)
         if other and not self.reach: raise Blocked(other)
         try: self.set(v, g, o, other)
         except Blocked as e: raise Blocked(other) if other else e
@@ -252,34 +263,34 @@ def clash(self:Spread, o):
 
 # %% ../nbs/05_spread.ipynb #9771aa01
 @patch
-def solve(self:Spread, o, ins, outs, side):
-    "What `o` asks of other values around it when its inputs carry the maps `ins` and its outputs get the maps `outs`."
-    rep,asked,carry = self.net.rep,{},{}
-    if ins:
-        made,weights = push_through(o, ins, Sided(self.net.edits, self.sides[1], self.noted, 1))
-        carry = dict(made)
-        for u,m in weights: asked[u] = m
-    ctx = Sided({**self.net.edits, **{rep(u):[*self.net.edits.get(rep(u), []),m] for u,m in asked.items()}}, side, self.noted, 0)
-    for v,a in outs.items():
-        if v in carry: a = (a@carry.pop(v)).snapped
-        if a.is_identity: continue
-        for u,m in self.net.pull(v, a, self.inside, ctx):
-            if rep(u) in self.met[o] and not u.const: raise self.clash(o)
-            asked[u] = m@asked[u] if u in asked else m
-    return [(u,Gauge(m)) for u,m in asked.items()] + [(v,Gauge(back=m)) for v,m in carry.items()]
-
-@patch
-def pulled(self:Spread, o, outs, side):
-    "What the maps wanted of `outs` ask of the inputs of `o`, by input."
-    ctx,asks = Sided(self.net.edits, side, self.noted, 0),{}
+def pulled(self:Spread, o, outs, side, pushed):
+    "What the maps wanted of `outs` ask of the inputs of `o`, by input, where its weights got the maps `pushed` already."
+    rep,edits,asks = self.net.rep,self.net.edits,{}
+    ctx = Sided({**edits, **{rep(u):[*edits.get(rep(u), []),m] for u,m in pushed.items()}}, side, self.noted, 0)
     for v,a in outs.items():
         for u,m in self.net.pull(v, a, self.inside, ctx): asks[u] = m@asks[u] if u in asks else m
     return asks
 
 @patch
+def solve(self:Spread,
+    o, # An operation
+    ins, # Input value to the map that it carries, as `push_through` takes it
+    outs, # Output value to the map that it gets
+    side, # Which operand takes a map that comes back, where either could
+)->list: # Pairs (value, `Gauge`)
+    "What `o` asks of other values around it. Raises `Blocked`."
+    made,weights = push_through(o, ins, Sided(self.net.edits, self.sides[1], self.noted, 1)) if ins else ((),())
+    carry,asks = dict(made),dict(weights)
+    rest = {v: (a@carry.pop(v)).snapped if v in carry else a for v,a in outs.items()}
+    for u,m in self.pulled(o, {v:a for v,a in rest.items() if not a.is_identity}, side, asks).items():
+        if self.net.rep(u) in self.met[o] and not u.const: raise self.clash(o)
+        asks[u] = m@asks[u] if u in asks else m
+    return [(u,Gauge(m)) for u,m in asks.items()] + [(v,Gauge(back=m)) for v,m in carry.items()]
+
+@patch
 def as_wanted(self:Spread, o, changed, outs, side):
     "What `o` asks of other inputs if the maps wanted of `outs` want of those that are `changed` just what these become, be it by a scale of zero; else None."
-    try: asks = self.pulled(o, outs, side)
+    try: asks = self.pulled(o, outs, side, {})
     except Blocked: return None
     known = {u:m for u,m in asks.items() if self.net.rep(u) in self.met[o] and not u.const}
     same = {*map(self.net.rep, known)}>={*map(self.net.rep, changed)} and all(self.gauges[self.net.rep(u)].agrees(Gauge(m)) for u,m in known.items())

@@ -14,7 +14,7 @@ from .constants import apply_right, told_by_reason
 from .edit import by_name, put
 from .proof import compare_runs, distance, eps_of
 from .sample import returned
-from .state import Structure, held_by, preserved
+from .state import Structure, preserved
 from .trace import Graph, user_hooks
 
 # %% ../nbs/10_strip.ipynb #0a005d16
@@ -150,8 +150,7 @@ def _nothing(m):
 def _idle(graphs):
     "Names of each module that has parameters, ran in none of `graphs`, and of which nothing was read there; not of those inside one."
     ran,read = {c.module for g in graphs for c in g.calls},{n.rpartition('.')[0] for g in graphs for v in g.leaves if v.users or v.is_output for n in v.names}
-    owners = graphs[0].modules
-    held,gone = {o for m in owners for _,o in held_by(m)},{}
+    owners,held,gone = graphs[0].modules,graphs[0].held,{}
     for m,names in owners.items():
         if '' in names or any(n.startswith(k+'.') for n in names[:1] for ks in gone.values() for k in ks) or next(m.parameters(), None) is None: continue
         if not any(k in ran or k in held or isinstance(k, torch.jit.ScriptModule) or read.intersection(owners[k]) for k in m.modules()): gone[m] = names

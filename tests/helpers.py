@@ -81,6 +81,15 @@ class Fn(nn.Module):
         self.f = f
     def forward(self, *xs, **kwargs): return self.f(self, *xs, **kwargs)
 
+class Rewritten(nn.Linear):
+    "Writes its weight anew each time it is put into eval mode."
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out)
+        self.source = nn.Parameter(torch.randn(n_out, n_in))
+    def train(self, mode=True):
+        if not mode: self.weight.data.copy_(self.source)
+        return super().train(mode)
+
 def made(make, train=False):
     "What `make` makes, the same each time, with hostile norms."
     torch.manual_seed(0)

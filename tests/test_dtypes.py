@@ -10,14 +10,6 @@ from helpers import *
 
 HALF = torch.bfloat16,torch.float16
 
-class Fn(nn.Module):
-    "The modules in `mods`, called by `f(self, *inputs)`."
-    def __init__(self, f, **mods):
-        super().__init__()
-        for k,m in mods.items(): setattr(self, k, m)
-        self.f = f
-    def forward(self, *xs): return self.f(self, *xs)
-
 def conv(n_in=8, n_out=8, ks=3, **kwargs): return nn.Conv2d(n_in, n_out, ks, padding=ks//2, **kwargs)
 def image(n=2, c=3, h=11, w=9): return torch.randn(n, c, h, w)
 
@@ -179,15 +171,6 @@ def test_output_of_nothing_but_rounding_beside_another(no_shift):
     net,x,folder = randomize_norms(Fn(f, up=nn.ConvTranspose2d(3, 4, 2), norm=nn.BatchNorm2d(4))),image(),BN_Folder()
     folder.fold(net, x)
     assert 'failed verification' in reason(folder.result, 'norm')
-
-class Rewritten(nn.Linear):
-    "Writes its weight anew each time it is put into eval mode."
-    def __init__(self, n_in, n_out):
-        super().__init__(n_in, n_out)
-        self.source = nn.Parameter(torch.randn(n_out, n_in))
-    def train(self, mode=True):
-        if not mode: self.weight.data.copy_(self.source)
-        return super().train(mode)
 
 @pytest.mark.parametrize('dtype', HALF)
 def test_fold_that_the_next_eval_would_undo_by_a_little(dtype):

@@ -98,15 +98,6 @@ def test_filter_that_is_made_for_inference():
         assert not folder.result.folded and state(net)==before
         assert distance(now(new.train().eval(), x), ref)<1e-6
 
-class Rewritten(nn.Linear):
-    "Writes its weight anew each time it is put into eval mode."
-    def __init__(self, n_in, n_out):
-        super().__init__(n_in, n_out)
-        self.source = nn.Parameter(torch.randn(n_out, n_in))
-    def train(self, mode=True):
-        if not mode: self.weight.data.copy_(self.source)
-        return super().train(mode)
-
 def test_fold_that_the_next_eval_would_undo():
     plan = stays_right(lambda: nn.Sequential(Rewritten(5, 6), nn.BatchNorm1d(6), nn.ReLU()), torch.randn(4, 5), 0)
     assert 'no lasting part of the model' in reason(plan, '1')

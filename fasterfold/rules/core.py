@@ -10,7 +10,6 @@ __all__ = ['PULL', 'PUSH', 'CONSTANT', 'BESIDE', 'Blocked', 'Context', 'need', '
 # %% ../../nbs/rules/00_core.ipynb #50a2a99b
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 from ..affine import Affine, unbroadcast
 from ..state import wide
 from ..trace import Op, Value
@@ -33,21 +32,14 @@ class Context:
         if v.kind=='absent': t = torch.full(v.shape, v.fill, dtype=torch.float64)
         elif v.tensor is not None: t = v.tensor.detach()
         elif v.op.name=='_to_copy' and v.dtype.is_floating_point and v.op.args.self.dtype.is_floating_point: return self.read(v.op.args.self)
-        else: t = self._compute(v)
+        else: t = v.op.again(self._arg)[v]
         need(not t.is_complex(), f"`{v.name}` is complex")
         t = wide(t) if t.is_floating_point() else t.cpu()
         for a in self.edits.get(v, []): t = a(t)
         return t
 
-    def _compute(self, v):
-        sig,given = v.op.func._schema.arguments,{k:self._arg(a) for k,a in v.op.args.items()}
-        given |= {a.name:tree_map(torch.clone, given[a.name]) for a in sig if a.alias_info is not None and a.alias_info.is_write} # not into a weight of the model
-        out = v.op.func(*[given[a.name] for a in sig if not a.kwarg_only], **{a.name:given[a.name] for a in sig if a.kwarg_only})
-        return out if isinstance(out, Tensor) else [o for o in out if isinstance(o, Tensor)][v.op.outs.index(v)]
-
     def _arg(self, a):
         if isinstance(a, Value): return self.read(a)
-        if isinstance(a, (list,tuple)): return [self._arg(o) for o in a]
         return torch.device('cpu') if isinstance(a, torch.device) else a
 
 # %% ../../nbs/rules/00_core.ipynb #1441f8c3
