@@ -436,7 +436,7 @@ def _copied(model, memo):
     "`deepcopy` of `model`, of whose attributes most are plain values and empty containers, which need no search."
     hows = '__deepcopy__','__reduce__','__reduce_ex__','__getstate__'
     def usual(f, k): return f is getattr(nn.Module, k, None) or getattr(f, '__module__', None)==parametrize.__name__ # which copies just so
-    plain = [m for m in model.modules() if all(usual(getattr(type(m), k, None), k) for k in hows)]
+    plain = [m for m in all_modules(model) if all(usual(getattr(type(m), k, None), k) for k in hows)]
     def value(v):
         if _is_plain(v): return v
         if type(v) in _containers and not v: return memo.setdefault(id(v), type(v)())
