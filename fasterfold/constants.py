@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['Stays', 'read', 'computed', 'computing', 'is_wrapped', 'unwrap', 'Core', 'core_of', 'plain', 'same', 'agree',
-           'Candidate', 'Storing', 'apply_right', 'storable', 'store_weights', 'told_by_reason', 'explained']
+           'Candidate', 'Storing', 'apply_right', 'storable', 'store', 'store_weights', 'told_by_reason', 'explained']
 
 # %% ../nbs/10_constants.ipynb #3d41369a
 import re, torch
 from dataclasses import dataclass
+from functools import partial
 from torch import nn, Tensor
 from torch.nn.utils import parametrize
 from fastcore.basics import patch
-from .edit import by_name, put
+from .edit import by_name, looks_as_before, mark, put
 from .plan import Stored
 from .state import Structure, own_modes, preserved
 from .trace import Graph, Value, made_of, user_hooks
@@ -345,17 +346,24 @@ def storable(
     if not (calls := computing(graph)): return [],{}
     with preserved(model): return Storing(model, graph, calls).candidates()
 
+# %% ../nbs/10_constants.ipynb #5a1c0f95
+def store(
+    modules:dict, # Those of the model, by name
+    c, # A `Candidate` of it
+):
+    "Let it no longer compute its weights; if the names of its weights do not tell, a mark does."
+    if isinstance(c.new, dict): return unwrap(c.module, c.new)
+    if looks_as_before(c.module, c.new): mark(c.new, modules[''])
+    put(modules, c.names, c.new.train(c.module.training))
+
 def store_weights(
     model:nn.Module, # The traced model, changed in place
     found:list, # `Candidate`s
     samples:list, # `Sample`s to compare on
 )->tuple: # (`Stored` items, name of each layer that goes on computing to the reason)
     "Let no layer in `found` compute its weights at each call: what `model` returns stays as it is, bit for bit."
-    modules,told = by_name(model),{c:c.told() for c in found}
-    def apply(c):
-        if isinstance(c.new, dict): unwrap(c.module, c.new)
-        else: put(modules, c.names, c.new.train(c.module.training))
-    done = apply_right(model, found, apply, samples)
+    told = {c:c.told() for c in found}
+    done = apply_right(model, found, partial(store, by_name(model)), samples)
     for p in {p for c in found for p in c.trained}: p.requires_grad_()
     return [told[c] for c in done],{c.names[0]:"the whole model did not compute the same without it" for c in found if c not in done}
 
