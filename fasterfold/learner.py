@@ -6,6 +6,7 @@
 __all__ = ['FoldCallback', 'FoldedValidation']
 
 # %% ../nbs/15_learner.ipynb #3848d7fa
+import warnings
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import wraps
@@ -16,10 +17,11 @@ from fastai.torch_basics import *
 from fastai.callback.core import Callback
 from torch.utils.data import DataLoader as TorchDataLoader
 from .fold import BN_Folder
+from .load import Misfit,adopt
 from .plan import FoldPlan
 from .report import FoldReport,report
 from .sample import Sample
-from .state import FoldError,check_model,copy_model,unwrap
+from .state import Contents,FoldError,check_model,copy_model,unwrap
 
 # %% ../nbs/15_learner.ipynb #cfa58d23
 def _batch(dl, last=False):
@@ -60,16 +62,49 @@ def fold_plan(self:Learner,
     "What `fold` would do to `model`; nothing changes."
     return BN_Folder(**kwargs).plan(self.model, samples=_samples(self, sample))
 
+# %% ../nbs/15_learner.ipynb #5a1c4002
+def _versions(model): return [(p, None if p.is_inference() else p._version, p.data_ptr()) for p in model.parameters()]
+
+class _Past:
+    "What a learner was before its model was folded."
+    def __init__(self,
+        model, # The folded model
+        opt, # The optimizer that it had
+        inside=False, # Is it folded for the time of a `with` block?
+    ): self.model,self.opt,self.inside,self.folders,self.lost,self.warned = model,opt,inside,[],'',False
+    def __reduce__(self): return type(None), ()
+
+    def add(self, folder, lost=''):
+        "Note a fold by `folder`, or why there is none."
+        self.folders.append(folder)
+        self.lost = self.lost or lost
+        self.versions,self.buffers,self.trained = _versions(self.model),Contents(self.model, nn.Module.buffers),None
+
+def _past(learn):
+    "The `_Past` of a learner whose model is folded, None if it is not."
+    past = learn.__dict__.get('_past')
+    return past if past is not None and past.model is unwrap(learn.model) else None
+
+def _remember(learn, opt, folder, lost=''):
+    "Note that the model of `learn` is folded now, and that it had the optimizer `opt`."
+    if _past(learn) is None: learn._past = _Past(unwrap(learn.model), opt)
+    _past(learn).add(folder, lost)
+
+def _keep(learn, opt, folder, undo): _remember(learn, opt, folder if undo else None, '' if undo else "it was folded with `undo=False`")
+
 # %% ../nbs/15_learner.ipynb #2f86771e
 @patch
 @delegates(BN_Folder)
 def fold_bn(self:Learner,
     sample=None, # Input to trace: a tuple is positional arguments, a dict keyword arguments; by default a validation batch
+    undo:bool=True, # Remember what `unfold` needs? That takes as much memory as the weights that change
     **kwargs
 )->Learner: # The learner itself
     "Fold the norms of `model` in place, as in `learn.fold_bn().validate()`."
-    BN_Folder(**kwargs).fold(self.model, samples=_samples(self, sample), inplace=True)
+    folder,opt = BN_Folder(**kwargs),self.opt
+    folder.fold(self.model, samples=_samples(self, sample), inplace=True)
     self.opt = None
+    _keep(self, opt, folder, undo)
     return self
 
 # %% ../nbs/15_learner.ipynb #5f644648
@@ -81,13 +116,13 @@ def folded(self:Learner,
     **kwargs
 ):
     "Fold the norms of `model` inside a `with` block, and undo it after."
-    folder,opt = BN_Folder(**kwargs),self.opt
+    folder,opt,past = BN_Folder(**kwargs),self.opt,_past(self)
     folder.fold(self.model, samples=_samples(self, sample), inplace=True)
-    self.opt = None
+    self.opt,self._past = None,_Past(unwrap(self.model), opt, inside=True)
     try: yield self
     finally:
         folder.undo()
-        self.opt = opt
+        self.opt,self._past = opt,past
 
 # %% ../nbs/15_learner.ipynb #f60bb957
 def _scores(learn):
@@ -104,6 +139,7 @@ def _scores(learn):
 @delegates(BN_Folder)
 def fold(self:Learner,
     sample=None, # Input to trace and to time: a tuple is positional arguments, a dict keyword arguments; by default a validation batch
+    undo:bool=True, # Remember what `unfold` needs? That takes as much memory as the weights that change
     **kwargs
 )->FoldReport: # What it changed
     "Fold the norms of `model` in place, and report on norms, size, latency and metrics."
@@ -116,9 +152,44 @@ def fold(self:Learner,
     except BaseException:
         folder.undo()
         raise
-    self.opt = None
+    opt,self.opt = self.opt,None
+    _keep(self, opt, folder, undo)
     res.metrics,res.formats = {k:(v,after[k]) for k,v in before.items()},getattr(folder, 'formats', {})
     return res
+
+# %% ../nbs/15_learner.ipynb #5a1c4003
+def _warned(fit):
+    "`fit` that says what training a folded model means."
+    @wraps(fit)
+    def _fit(self, *args, **kwargs):
+        past = _past(self)
+        if past is not None:
+            if past.inside: raise FoldError("Inside `with learn.folded()` the model is folded for a while, and what is trained there would be thrown away: train before or after the block.")
+            if not past.warned: warnings.warn("This model is folded, and training goes on without its norms: train first, then fold. `learn.unfold()` gives the norms back.", stacklevel=2)
+            past.warned = True
+            if past.trained is None and not past.lost: past.trained = Contents(past.model)
+        return fit(self, *args, **kwargs)
+    return _fit
+
+Learner.fit = _warned(Learner.fit)
+
+# %% ../nbs/15_learner.ipynb #5a1c4004
+@patch
+def unfold(self:Learner)->Learner: # The learner itself
+    """Give the learner back as it was before `fold`, `fold_bn` or `FoldCallback`, bit for bit, with its optimizer.
+
+    Raises `FoldError` if this learner was not folded since it was built or loaded, if it was folded with `undo=False`, or if its weights were changed since by other means than `fit`."""
+    past = _past(self)
+    if past is None: raise FoldError("There is nothing to unfold: this learner was not folded, or not since it was loaded or copied.")
+    if past.inside: raise FoldError("Inside `with learn.folded()` the model is given back when the block ends.")
+    if past.lost: raise FoldError(f"This learner cannot be unfolded: {past.lost}. Build it anew, and load the weights from before.")
+    if past.trained: past.trained.restore()
+    elif changed := [n for (n,p),(q,*was) in zip(past.model.named_parameters(), past.versions) if p is not q or was!=[None if p.is_inference() else p._version, p.data_ptr()]]:
+        raise FoldError(f"This learner cannot be unfolded: `{changed[0]}` was changed since, and what it was is not known. Build the learner anew, and load the weights from before.")
+    past.buffers.restore()
+    for folder in reversed(past.folders): folder.undo()
+    self.opt,self._past = past.opt,None
+    return self
 
 # %% ../nbs/15_learner.ipynb #78f9ab63
 class _AtHome(Callback):
@@ -137,10 +208,11 @@ class FoldCallback(_AtHome):
     @delegates(BN_Folder)
     def __init__(self,
         sample=None, # Input to trace, as for `Learner.fold`
+        undo:bool=True, # Remember what `Learner.unfold` needs?
         **kwargs
     ):
         BN_Folder(**kwargs) # to hear of a wrong option now, not when the training is over
-        self.sample,self.kwargs,self.plan = sample,kwargs,None
+        self.sample,self.undo,self.kwargs,self.plan = sample,undo,kwargs,None
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self, 'gather_preds')
@@ -155,6 +227,7 @@ class FoldCallback(_AtHome):
         if self.trained and not more:
             folder = BN_Folder(**self.kwargs)
             folder.fold(self.learn.model, samples=_samples(self.learn, self.sample), inplace=True)
+            _keep(self.learn, self.learn.opt, folder, self.undo)
             self.plan,self.learn.opt = folder.result,None
 
 # %% ../nbs/15_learner.ipynb #a606cdbb
@@ -204,25 +277,34 @@ class FoldedValidation(_AtHome):
         return self.folder.undo
 
 # %% ../nbs/15_learner.ipynb #f8035565
-def _norms(keys): return {k.rpartition('.')[0] for k in keys if k.endswith('running_mean')}
+class _Adopted(Exception): "The model has got the structure of the file, which can now be loaded."
 
-def _check_folded(model, state, *args):
-    "Raise `FoldError` if one of `model` and `state` is folded and the other is not, and they are the same else."
-    have,given = set(model.state_dict()),set(state)
-    def lacks(a, b):
-        "Has `a` lost norms that `b` has, and maybe got biases for them?"
-        norms = _norms(b-a)
-        return norms and not _norms(a-b) and all(k.rpartition('.')[2]=='bias' for k in a-b)
-    if lacks(given, have): raise FoldError('The file has the weights of a folded model, and the model of this learner is not folded. '
-        "Fold it first, then load: `learn.fold_bn(); learn.load('folded')`.")
-    if lacks(have, given): raise FoldError('The model of this learner is folded, and the file has weights from before folding. '
-        "Load them into a newly built learner, then fold: `learn.load('file'); learn.fold_bn()`.")
+def _to_file(learn, model, sample, strict, state, prefix):
+    "Give `model` the structure of the folded model whose weights `state` has, under `prefix`."
+    state = {k.removeprefix(prefix):t for k,t in state.items() if k.startswith(prefix)}
+    if not (d := Misfit(model, state)): return
+    try: snap = adopt(model, state, _samples(learn, sample)[0])
+    except FoldError:
+        if not strict: return # fastai loads what fits
+        if d.folds: raise
+        return # fastai says what does not fit
+    if snap: raise _Adopted(snap)
 
 _load = Learner.load
 
 @patch
 @wraps(_load)
-def load(self:Learner, *args, **kwargs):
-    hook = unwrap(self.model).register_load_state_dict_pre_hook(_check_folded)
+def load(self:Learner, *args, sample=None, **kwargs):
+    model = unwrap(self.model)
+    hook = model.register_load_state_dict_pre_hook(lambda m, state, prefix, meta, strict, *args: _to_file(self, m, sample, strict, state, prefix))
     try: return _load(self, *args, **kwargs)
+    except _Adopted as e: snap, = e.args
     finally: hook.remove()
+    opt,self.opt = self.opt,None # a new one, for the parameters that there are now
+    try: _load(self, *args, **kwargs)
+    except BaseException:
+        snap.restore()
+        self.opt = opt
+        raise
+    _remember(self, None, None, "it was loaded from a file that was folded already")
+    return self

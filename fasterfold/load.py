@@ -39,6 +39,8 @@ def read_weights(
     return file['model'] if set(file)=={'model','opt'} else file
 
 # %% ../nbs/11_load.ipynb #5a1c3008
+def _norms(keys): return {k.rpartition('.')[0] for k in keys if k.endswith('running_mean')}
+
 class Misfit:
     "Where the model and the weights in `state` differ."
     def __init__(self,
@@ -53,6 +55,9 @@ class Misfit:
         self.extra = {k for k in state if k not in have} # names that only the file has
         self.other = {k for k,t in have.items() if k in state and isinstance(t, Tensor) and isinstance(state[k], Tensor) and t.shape!=state[k].shape}
 
+        modules,gone = by_name(model),_norms(self.extra)
+        self.before = bool(gone) and not _norms(self.lacks) and all(n in modules and not [*modules[n].parameters(recurse=False)] for n in gone) # is it the model that is folded?
+        self.folds = self.before or bool(_norms(self.lacks)) and not gone or any(k.endswith('folded') for k in self.extra) # is one of them, as far as names tell?
     def __bool__(self): return bool(self.lacks or self.extra)
     def __len__(self): return len(self.lacks)+len(self.extra)
 
@@ -61,17 +66,14 @@ def _listed(keys):
     names = list(dict.fromkeys(k.rpartition('.')[0] or k for k in keys))
     return ', '.join(f'`{n}`' for n in names[:3]) + f' and {len(names)-3} more'*(len(names)>3)
 
-def _norms(keys): return {k.rpartition('.')[0] for k in keys if k.endswith('running_mean')}
-
 def misfit_error(
     model:nn.Module, # Any model
     state, # Weights that do not fit it
 )->FoldError:
     "What to tell the user."
-    d,modules = Misfit(model, state),by_name(model)
-    norms = _norms(d.extra)
-    if norms and not _norms(d.lacks) and all(n in modules and not [*modules[n].parameters(recurse=False)] for n in norms):
-        return FoldError(f"The model is folded, and the file has the weights of norms that are gone from it ({_listed(f'{n}.' for n in sorted(norms))}): it is from before folding, or less was folded. "
+    d = Misfit(model, state)
+    if d.before:
+        return FoldError(f"The model is folded, and the file has the weights of norms that are gone from it ({_listed(f'{n}.' for n in sorted(_norms(d.extra)))}): it is from before folding, or less was folded. "
             "Load it into a newly built model or learner (a folded learner gives its norms back with `learn.unfold()`), and fold then.")
     parts = [f"{what} {_listed(k for k in keys)}" for what,keys in (("only the model has", [k for k in model.state_dict() if k in d.lacks]),
         ("only the file has", [k for k in state if k in d.extra]), ("of another shape are", [k for k in state if k in d.other])) if keys]

@@ -247,7 +247,8 @@ class Contents:
     "The numbers that the parameters and buffers of `model` hold now, and which of them are trained."
     def __init__(self,
         model:nn.Module, # Any model
-    ): self.held = [(t, t.data, _once(t.detach()).clone().expand_as(t), t.requires_grad) for t in tensors_in(model) if is_dense(t)]
+        only=tensors_in, # Function that says which of its tensors
+    ): self.held = [(t, t.data, _once(t.detach()).clone().expand_as(t), t.requires_grad) for t in only(model) if is_dense(t)]
 
     def restore(self):
         "Let each hold them again, where it held them."
