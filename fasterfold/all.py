@@ -4,12 +4,13 @@ from .sample import infer_sample
 from .find import Kept
 from .plan import Folded, FoldPlan
 from .fold import BN_Folder
+from .load import fold_like
 from .cost import count_parameters, model_size, latency, compare
 from .report import FoldReport
 from .learner import FoldCallback, FoldedValidation
 from .help import explain
 
-__all__ = ['FoldError', 'infer_sample', 'Folded', 'Kept', 'FoldPlan', 'BN_Folder', 'count_parameters', 'model_size', 'latency',
+__all__ = ['FoldError', 'infer_sample', 'Folded', 'Kept', 'FoldPlan', 'BN_Folder', 'fold_like', 'count_parameters', 'model_size', 'latency',
     'compare', 'FoldReport', 'FoldCallback', 'FoldedValidation']
 
 explain('fasterfold')

@@ -145,7 +145,7 @@ def _print_report(
 # %% ../nbs/17_cli.ipynb #b17803b9
 @app.command(epilog=_examples('fasterfold fold export.pkl -o folded.pkl --trust', 'fasterfold fold export.pkl -o folded.pkl --trust --report report.html',
     'fasterfold fold --timm resnet50 --weights r50.safetensors -o folded.safetensors', 'A timm model is written as weights if the output is .safetensors '
-    'or .pth, to be loaded into BN_Folder().fold(timm.create_model(NAME)); else whole, by torch.save.'))
+    'or .pth, to be loaded by fold_like(timm.create_model(NAME), FILE); else whole, by torch.save.'))
 def fold(output:_Output, file:_File=None, trust:_Trust=False, timm:_Timm=None, weights:_Weights=None, sample:_Sample=None, report:_Report=None,
     force:_Force=False, as_json:_Json=False):
     "Fold a model, verify, and write the result. The file is read back and verified too, and not written if that fails."

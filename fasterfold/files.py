@@ -169,20 +169,11 @@ def _save_pth(model, path):
     import torch
     torch.save(model.state_dict(), path)
 
-def _load_pth(model, path):
-    import torch
-    model.load_state_dict(torch.load(path, weights_only=True))
-
-# %% ../nbs/16_files.ipynb #97cf0b60
 def _save_safetensors(model, path):
     from safetensors.torch import save_model
     save_model(model, str(path))
 
-def _load_safetensors(model, path):
-    from safetensors.torch import load_model
-    load_model(model, str(path))
-
-WEIGHTS = {'.pth': (_save_pth,_load_pth), '.safetensors': (_save_safetensors,_load_safetensors)}
+WEIGHTS = {'.pth': _save_pth, '.safetensors': _save_safetensors}
 
 # %% ../nbs/16_files.ipynb #45c7d371
 def _save(subject, path, suffix):
@@ -190,7 +181,7 @@ def _save(subject, path, suffix):
     import torch
     from fastai.learner import Learner
     try:
-        if suffix in WEIGHTS: WEIGHTS[suffix][0](subject.model, path)
+        if suffix in WEIGHTS: WEIGHTS[suffix](subject.model, path)
         else:
             # what one release of fastai exports with cannot write the transforms of another
             pickle_module = inspect.signature(Learner.export).parameters['pickle_module'].default
@@ -200,15 +191,13 @@ def _save(subject, path, suffix):
 def _read_back(subject, path, suffix, sample):
     "The model in the file `path`, which `_save` has written."
     import torch
-    from fasterfold.fold import BN_Folder
+    from fasterfold.load import fold_like
+    from fasterfold.state import FoldError
     if suffix not in WEIGHTS:
         whole = torch.load(path, map_location='cpu', weights_only=False)
         return whole if subject.whole is subject.model else whole.model
-    model = BN_Folder(verify=False).fold(subject.new(), sample)
-    try: WEIGHTS[suffix][1](model, path)
-    except RuntimeError as e: raise Stop('A new model of this architecture folds otherwise, and could not take these weights: '
-        'write the whole model, as in -o folded.pkl.', code=1) from e
-    return model
+    try: return fold_like(subject.new(), path, sample)
+    except FoldError as e: raise Stop(f'A new model of this architecture cannot take these weights: write the whole model, as in -o folded.pkl. {e}', code=1) from e
 
 # %% ../nbs/16_files.ipynb #9b05dbb9
 def write_folded(

@@ -74,23 +74,26 @@ class _Past:
     ): self.model,self.opt,self.inside,self.folders,self.lost,self.warned = model,opt,inside,[],'',False
     def __reduce__(self): return type(None), ()
 
-    def add(self, folder, lost=''):
-        "Note a fold by `folder`, or why there is none."
-        self.folders.append(folder)
-        self.lost = self.lost or lost
+    def add(self, folder, lost):
+        "Note a fold by `folder`, or why what was before is `lost`."
+        if folder: self.folders.append(folder)
+        else: self.lost = self.lost or lost
         self.versions,self.buffers,self.trained = _versions(self.model),Contents(self.model, nn.Module.buffers),None
 
+    def changed(self):
+        "Names of parameters that were written to since."
+        return [n for n,a,b in zip(dict(self.model.named_parameters()), self.versions, _versions(self.model)) if a[0] is not b[0] or a[1:]!=b[1:]]
+
+# %% ../nbs/15_learner.ipynb #5a1c400b
 def _past(learn):
     "The `_Past` of a learner whose model is folded, None if it is not."
     past = learn.__dict__.get('_past')
     return past if past is not None and past.model is unwrap(learn.model) else None
 
-def _remember(learn, opt, folder, lost=''):
-    "Note that the model of `learn` is folded now, and that it had the optimizer `opt`."
-    if _past(learn) is None: learn._past = _Past(unwrap(learn.model), opt)
+def _remember(learn, folder=None, lost="it was folded with `undo=False`"):
+    "Note that `folder` has folded the model of `learn`, or why what was before is `lost`."
+    if _past(learn) is None: learn._past = _Past(unwrap(learn.model), learn.opt)
     _past(learn).add(folder, lost)
-
-def _keep(learn, opt, folder, undo): _remember(learn, opt, folder if undo else None, '' if undo else "it was folded with `undo=False`")
 
 # %% ../nbs/15_learner.ipynb #2f86771e
 @patch
@@ -101,10 +104,10 @@ def fold_bn(self:Learner,
     **kwargs
 )->Learner: # The learner itself
     "Fold the norms of `model` in place, as in `learn.fold_bn().validate()`."
-    folder,opt = BN_Folder(**kwargs),self.opt
+    folder = BN_Folder(**kwargs)
     folder.fold(self.model, samples=_samples(self, sample), inplace=True)
+    _remember(self, folder if undo else None)
     self.opt = None
-    _keep(self, opt, folder, undo)
     return self
 
 # %% ../nbs/15_learner.ipynb #5f644648
@@ -152,8 +155,8 @@ def fold(self:Learner,
     except BaseException:
         folder.undo()
         raise
-    opt,self.opt = self.opt,None
-    _keep(self, opt, folder, undo)
+    _remember(self, folder if undo else None)
+    self.opt = None
     res.metrics,res.formats = {k:(v,after[k]) for k,v in before.items()},getattr(folder, 'formats', {})
     return res
 
@@ -184,7 +187,7 @@ def unfold(self:Learner)->Learner: # The learner itself
     if past.inside: raise FoldError("Inside `with learn.folded()` the model is given back when the block ends.")
     if past.lost: raise FoldError(f"This learner cannot be unfolded: {past.lost}. Build it anew, and load the weights from before.")
     if past.trained: past.trained.restore()
-    elif changed := [n for (n,p),(q,*was) in zip(past.model.named_parameters(), past.versions) if p is not q or was!=[None if p.is_inference() else p._version, p.data_ptr()]]:
+    elif changed := past.changed():
         raise FoldError(f"This learner cannot be unfolded: `{changed[0]}` was changed since, and what it was is not known. Build the learner anew, and load the weights from before.")
     past.buffers.restore()
     for folder in reversed(past.folders): folder.undo()
@@ -227,7 +230,7 @@ class FoldCallback(_AtHome):
         if self.trained and not more:
             folder = BN_Folder(**self.kwargs)
             folder.fold(self.learn.model, samples=_samples(self.learn, self.sample), inplace=True)
-            _keep(self.learn, self.learn.opt, folder, self.undo)
+            _remember(self.learn, folder if self.undo else None)
             self.plan,self.learn.opt = folder.result,None
 
 # %% ../nbs/15_learner.ipynb #a606cdbb
@@ -306,5 +309,5 @@ def load(self:Learner, *args, sample=None, **kwargs):
         snap.restore()
         self.opt = opt
         raise
-    _remember(self, None, None, "it was loaded from a file that was folded already")
+    _remember(self, lost="it was loaded from a file that was folded already")
     return self

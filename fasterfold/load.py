@@ -8,7 +8,6 @@ __all__ = ['read_weights', 'Misfit', 'misfit_error', 'adopt', 'fold_like']
 # %% ../nbs/11_load.ipynb #5a1c3004
 import torch
 from collections.abc import Mapping
-from pathlib import Path
 from torch import nn, Tensor
 from .constants import storable, store
 from .edit import Snapshot, apply_plan, by_name, put
@@ -28,12 +27,13 @@ def read_weights(
     "The weights of a model. Runs no code of the file."
     if not isinstance(file, Mapping):
         try:
-            if Path(file).suffix.lower()=='.safetensors':
+            with open(file, 'rb') as f: head = f.read(9)
+            if head[8:]==b'{': # after the length of a header in JSON
                 from safetensors.torch import load_file
                 file = load_file(file)
             else: file = torch.load(file, map_location='cpu', weights_only=True)
+        except OSError: raise
         except Exception as e:
-            if isinstance(e, OSError): raise
             raise FoldError(f"`{file}` cannot be read as weights alone ({type(e).__name__}: {str(e).splitlines()[0]}): load it yourself, and pass the state dict.") from e
     if not isinstance(file, Mapping): raise FoldError(f"There are no weights by name, but {type(file).__name__}: pass a state dict, as `model.state_dict()` returns it.")
     return file['model'] if set(file)=={'model','opt'} else file
@@ -83,7 +83,8 @@ def misfit_error(
 def _with_any_numbers(graph):
     "`graph` with other weights, none of which makes a norm do nothing."
     for i,v in enumerate(graph.leaves):
-        if v.tensor is not None and v.dtype.is_floating_point and v.tensor.layout is torch.strided: v.tensor = v.tensor.new_full((), 1.5+i%97/7).expand(v.tensor.shape)
+        t = v.tensor
+        if t is not None and t.dtype.is_floating_point and t.layout is torch.strided: v.tensor = t.new_full((), 1.5+i%97/7).expand(t.shape)
     return graph
 
 def _remove_norms(model, state, graph):
@@ -126,6 +127,7 @@ def _merge(model, state):
     except FoldError: return
     if len(Misfit(merged, state).extra)<len(Misfit(model, state).extra): merge_blocks(model)
 
+# %% ../nbs/11_load.ipynb #5a1c3020
 def _within(keys, names): return [k for k in keys if k.startswith(tuple(f'{n}.' for n in names))]
 
 def _store(model, state, graph):

@@ -6,11 +6,12 @@ from fastai.vision.all import (ConvLayer,CrossEntropyLossFlat,ImageDataLoaders,L
     load_learner,set_seed)
 from torch import nn
 from typer.testing import CliRunner
-from safetensors.torch import load_model,save_model
+from safetensors.torch import save_model
 import fasterfold
 from fasterfold.cli import app,digit_images
 from fasterfold.proof import distance,run,to_double
 from fasterfold.fold import BN_Folder
+from fasterfold.load import fold_like
 from helpers import count_norm_calls,randomize_norms
 
 pytestmark = pytest.mark.filterwarnings('ignore:load_learner')
@@ -315,13 +316,11 @@ def test_full_disk(box):
 
 @pytest.mark.parametrize('suffix', ['pth','safetensors'])
 def test_timm_weights(small_timm, tmp_path, box, suffix):
-    "What is written fits a new model that is folded"
+    "What is written fits a new model, by `fold_like`"
     model,path = small_timm
     res = call('fold', '--timm', 'resnet10t', '--weights', path/f'weights.{suffix}', '-o', tmp_path/f'folded.{suffix}', '--sample', box/'image.png')
     assert res.exit_code==0, res.output
-    new = BN_Folder().fold(timm.create_model('resnet10t', num_classes=3)).eval()
-    if suffix=='pth': new.load_state_dict(torch.load(tmp_path/'folded.pth', weights_only=True))
-    else: load_model(new, str(tmp_path/'folded.safetensors'))
+    new = fold_like(timm.create_model('resnet10t', num_classes=3), tmp_path/f'folded.{suffix}').eval()
     x = torch.randn(2, 3, 64, 64)
     assert_close_to_float64(model, new, x)
     assert count_norm_calls(new, x)==0
