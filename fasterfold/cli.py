@@ -81,6 +81,7 @@ _Trust = Annotated[bool, typer.Option('--trust', help='Load the pickle, which ru
 _Timm = Annotated[str|None, typer.Option('--timm', metavar='NAME', help='Instead of a learner: a model of timm, by name.')]
 _Weights = Annotated[Path|None, typer.Option('--weights', metavar='FILE', help='Its weights, .safetensors or .pth; no code in them is run.')]
 _Sample = Annotated[Path|None, typer.Option('--sample', metavar='IMAGE', help='Run the model on this image; by default on random numbers.')]
+_Keep = Annotated[list[str]|None, typer.Option('--keep', metavar='NAME', help='A module or method whose output stays as it is, as for embeddings. May be given again.')]
 _Force = Annotated[bool, typer.Option('--force', help='Overwrite outputs that exist. Inputs are never overwritten.')]
 _Json = Annotated[bool, typer.Option('--json', help='Print JSON.')]
 _Output = Annotated[Path, typer.Option('-o', '--output', metavar='FILE', help='File to write.')]
@@ -92,7 +93,7 @@ _Data = Annotated[Path|None, typer.Option('--data', metavar='DIR', help='Images,
 def _show_plan(plan):
     from fasterfold.table import text_table
     rows = plan.rows()
-    return plan.summary + ('\n\n'+text_table([('norm','plan','into / because'), *rows], left=(1,2)) if rows else '')
+    return '\n\n'.join([plan.summary, *[text_table([('norm','plan','into / because'), *rows], left=(1,2))]*bool(rows), *plan.notes])
 
 def _plan_json(plan, **extra):
     from fasterfold.report import FoldReport
@@ -101,8 +102,8 @@ def _plan_json(plan, **extra):
 
 # %% ../nbs/17_cli.ipynb #444d5bbe
 @app.command(epilog=_examples('fasterfold plan export.pkl --trust', 'fasterfold plan export.pkl --trust --sample cat.png --json',
-    'fasterfold plan --timm resnet50 --weights resnet50.safetensors'))
-def plan(file:_File=None, trust:_Trust=False, timm:_Timm=None, weights:_Weights=None, sample:_Sample=None, as_json:_Json=False):
+    'fasterfold plan export.pkl --trust --keep 0', 'fasterfold plan --timm resnet50 --weights resnet50.safetensors'))
+def plan(file:_File=None, trust:_Trust=False, timm:_Timm=None, weights:_Weights=None, sample:_Sample=None, keep:_Keep=None, as_json:_Json=False):
     "Say which norms would be folded, where to, and why any stay. Writes nothing."
     with _steps(3) as step:
         step('Loading')
@@ -111,7 +112,7 @@ def plan(file:_File=None, trust:_Trust=False, timm:_Timm=None, weights:_Weights=
         x = subject.sample(sample)
         step('Planning')
         from fasterfold.fold import BN_Folder
-        with folding(): res = BN_Folder().plan(subject.model, x)
+        with folding(): res = BN_Folder(keep=keep or ()).plan(subject.model, x)
     typer.echo(_plan_json(res, input=str(file or weights)) if as_json else _show_plan(res))
 
 # %% ../nbs/17_cli.ipynb #ae9c255c
@@ -119,6 +120,7 @@ def _fold(
     subject:Subject, # Whose model to fold in place
     sample, # Its input
     step, # To tell what is being done
+    keep=None, # Names of parts whose output stays as it is
     batch:int=None, # Size of the batch to time; by default `sample` as it is
 ):
     "Fold and verify the model of `subject`, and report."
@@ -126,8 +128,9 @@ def _fold(
     from fasterfold.report import report
     from fasterfold.state import copy_model,unwrap
     step('Folding and verifying')
-    model,folder = unwrap(subject.model),BN_Folder()
+    model = unwrap(subject.model)
     with folding():
+        folder = BN_Folder(keep=keep or ())
         original = copy_model(model)
         folder.fold(model, sample, inplace=True)
     step('Timing both')
@@ -146,8 +149,8 @@ def _print_report(
 @app.command(epilog=_examples('fasterfold fold export.pkl -o folded.pkl --trust', 'fasterfold fold export.pkl -o folded.pkl --trust --report report.html',
     'fasterfold fold --timm resnet50 --weights r50.safetensors -o folded.safetensors', 'A timm model is written as weights if the output is .safetensors '
     'or .pth, to be loaded by fold_like(timm.create_model(NAME), FILE); else whole, by torch.save.'))
-def fold(output:_Output, file:_File=None, trust:_Trust=False, timm:_Timm=None, weights:_Weights=None, sample:_Sample=None, report:_Report=None,
-    force:_Force=False, as_json:_Json=False):
+def fold(output:_Output, file:_File=None, trust:_Trust=False, timm:_Timm=None, weights:_Weights=None, sample:_Sample=None, keep:_Keep=None,
+    report:_Report=None, force:_Force=False, as_json:_Json=False):
     "Fold a model, verify, and write the result. The file is read back and verified too, and not written if that fails."
     check_outputs([output,report], [file,weights,sample], force)
     suffix = output.suffix.lower()
@@ -157,7 +160,7 @@ def fold(output:_Output, file:_File=None, trust:_Trust=False, timm:_Timm=None, w
         subject = open_model(file, trust, timm, weights)
         step('Making an input')
         x = subject.sample(sample)
-        res = _fold(subject, x, step)
+        res = _fold(subject, x, step, keep)
         step('Writing and reading back')
         if timm is None: subject.whole.opt = None
         with new_file(output) as out, (new_file(report) if report else nullcontext()) as page:
@@ -170,7 +173,7 @@ def fold(output:_Output, file:_File=None, trust:_Trust=False, timm:_Timm=None, w
 # %% ../nbs/17_cli.ipynb #cd037f9c
 @app.command(epilog=_examples('fasterfold bench export.pkl --trust', 'fasterfold bench export.pkl --trust --sample cat.png --batch 64 --json',
     'fasterfold bench --timm resnet50 --weights resnet50.safetensors'))
-def bench(file:_File=None, trust:_Trust=False, timm:_Timm=None, weights:_Weights=None, sample:_Sample=None,
+def bench(file:_File=None, trust:_Trust=False, timm:_Timm=None, weights:_Weights=None, sample:_Sample=None, keep:_Keep=None,
     batch:_Batch=16, as_json:_Json=False):
     "Time a model on this CPU before and after folding, in turns. Writes nothing."
     with _steps(4) as step:
@@ -178,7 +181,7 @@ def bench(file:_File=None, trust:_Trust=False, timm:_Timm=None, weights:_Weights
         subject = open_model(file, trust, timm, weights)
         step('Making an input')
         x = subject.sample(sample)
-        res = _fold(subject, x, step, batch)
+        res = _fold(subject, x, step, keep, batch)
     _print_report(res, as_json=as_json, input=str(file or weights))
 
 # %% ../nbs/17_cli.ipynb #db4b5466

@@ -226,7 +226,7 @@ def not_given(
     return {n:p.default for n,p in sig.parameters.items() if n not in given and p.default is not p.empty}
 
 def _with_defaults(model, sample):
-    return [(f'{n}={o!r}', Sample(sample.args, sample.kwargs|{n:o})) for n,v in not_given(model, sample).items() for o in neighbours(v)]
+    return [(f'{n}={o!r}', Sample(sample.args, sample.kwargs|{n:o}, sample.parts)) for n,v in not_given(model, sample).items() for o in neighbours(v)]
 
 # %% ../nbs/07_cover.ipynb #c6e3d6ee
 def _turn(cover):

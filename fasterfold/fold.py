@@ -9,6 +9,7 @@ __all__ = ['BN_Folder', 'merge_blocks']
 import torch
 from collections import Counter
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import partial, wraps
 from textwrap import shorten
 from fastcore.basics import patch, store_attr
@@ -19,7 +20,7 @@ from .cover import Cover, describe, difference, same_edits, widen
 from .edit import Snapshot, apply_plan, by_name
 from .plan import FoldPlan, plan_folds
 from .proof import Proof, compare_runs, distance, eps_of, largest, prove, run_as, to_double
-from .sample import Sample
+from .sample import Sample, part_named
 from .state import Contents, FoldError, Still, Structure, check_model, clock, copy_model, is_dense, own_modes, preserved, tensors_in, wide
 from .strip import strip_dropout, strip_identity, strip_unused, take_out
 from .trace import glance, trace
@@ -53,11 +54,30 @@ def _list_buffers(model):
     for m in model.modules():
         if isinstance(m, nn.parallel.DistributedDataParallel): m._assign_modules_buffers()
 
-def _samples(model, sample, samples):
-    if samples is None: return [Sample.of(sample, model)]
-    if sample is not None: raise FoldError("Pass either one `sample` or several `samples`.")
-    if not samples: raise FoldError("`samples` is empty: pass at least one.")
-    return [Sample.of(s) for s in samples]
+def _samples(model, sample, samples, parts):
+    if samples is not None and sample is not None: raise FoldError("Pass either one `sample` or several `samples`.")
+    if samples is not None and not samples: raise FoldError("`samples` is empty: pass at least one.")
+    found = [Sample.of(sample, model)] if samples is None else [Sample.of(s) for s in samples]
+    return [Sample(s.args, s.kwargs, parts) for s in found]
+
+# %% ../nbs/11_fold.ipynb #5a1c5021
+def _part(model, k):
+    "The name in `model` of the part `k`."
+    if isinstance(k, nn.Module):
+        if (name := next((n for n,m in model.named_modules() if m is k), None)) is None: raise FoldError(f"`keep` has a {type(k).__name__} that is no module of this model.")
+        return name
+    if part_named(model, k): return k
+    near = get_close_matches(k, [n for n,_ in model.named_modules()], 3)
+    raise FoldError(f"`keep='{k}'`: the model has no module and no method of that name" + (f"; is it {' or '.join(f'`{n}`' for n in near)}?" if near else '.'))
+
+def _parts(model, keep): return tuple(dict.fromkeys(_part(model, k) for k in keep))
+
+def _check_parts(cover):
+    "Raise `FoldError` if a module that shall be kept did not run."
+    ran = {n for t in cover.trials for c in t.graph.calls for n in t.graph.modules.get(c.module, ())}
+    for k in cover.trials[0].sample.parts:
+        if isinstance(part_named(cover.model, k), nn.Module) and k not in ran:
+            raise FoldError(f"`keep='{k}'`: it is not called on the sample, so nobody knows what it returns. Name the modules that are called; of a list, these are its entries.")
 
 # %% ../nbs/11_fold.ipynb #5a1c0f14
 def _modes(model): return {m:m.training for m in model.modules() if hasattr(m, 'training')} # frozen TorchScript has none
@@ -105,13 +125,18 @@ class BN_Folder:
         channels_last:bool|str=False, # Also use channels_last weights? 'auto' measures both and keeps the faster
         verify:bool=True, # Run the folded model and compare? Costs two forward passes
         store_weights:bool=True, # Also compute weights once that are computed at every call, as standardized and parametrized ones are?
+        keep:list=(), # Modules whose outputs stay as they are, by name or as such, and methods by name: more norms may stay then
         strip_unused:bool=False, # Also replace what runs on no sample, such as auxiliary heads, by modules without weights, which cannot run?
     ):
         store_attr()
+        self.keep = [keep] if isinstance(keep, (str,nn.Module)) else [*keep] if isinstance(keep, (list,tuple,set)) else [None]
         for k in _values: _check_option(k, getattr(self, k))
+        if not all(isinstance(k, (str,nn.Module)) for k in self.keep): raise FoldError(f"`keep` is a list of modules or names, and not {shorten(repr(keep), 60, placeholder=' …')}.")
         self.result,self.formats,self._undo,self._last,self._whole,self._more = None,{},[],None,None,{}
 
-    def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={getattr(self, k)!r}' for k in _values)})"
+    def __repr__(self):
+        keep = [k if isinstance(k, str) else type(k).__name__ for k in self.keep]
+        return f"{type(self).__name__}({', '.join([*[f'{k}={getattr(self, k)!r}' for k in _values], f'keep={keep}'])})"
     def __getstate__(self): return vars(self) | dict(_undo=[], _last=None, _whole=None, _more={}) # the model it folded stays here
 
     @_public
@@ -126,9 +151,9 @@ class BN_Folder:
         [('0', 'folded forward', '1')]
         """
         model = check_model(model)
-        samples = _samples(model, sample, samples)
+        samples = _samples(model, sample, samples, _parts(model, self.keep))
         if self.merge_branches: _merge(model:=copy_model(model), samples[0])
-        cover = Cover(model, samples, trace)
+        _check_parts(cover := Cover(model, samples, trace))
         was = Structure(model) if self.strip_unused or self.store_weights and computing(cover.main.graph) else None
         try: cover = widen(self._ready(model, cover))
         finally:
@@ -145,10 +170,11 @@ class BN_Folder:
     )->nn.Module: # The folded copy, or `model` itself
         "Fold all norms of `model` that can go. Raises `FoldError` if it cannot be run or edited; `model` is then as it was."
         target = check_model(model)
+        parts = _parts(target, self.keep)
         if not inplace: target = copy_model(target)
         with self._all_or_nothing(target):
             self._undo,self._last,self.formats = [],None,{}
-            self.result = self._fold(target, _samples(target, sample, samples))
+            self.result = self._fold(target, _samples(target, sample, samples, parts))
         self._whole = model if inplace else target
         _list_buffers(self._whole)
         return self._whole
@@ -230,7 +256,8 @@ def _fold(self:BN_Folder, target, samples):
     plan,cover = self._at_a_glance(target, samples) if self.verify and len(samples)==1 and not self.strip_unused else (None,None)
     if plan is None:
         known = [] if cover is None else cover.trials[1:]
-        try: plan = self._proved(target, cover := self._ready(target, Cover(target, samples, trace, known)))
+        _check_parts(cover := Cover(target, samples, trace, known))
+        try: plan = self._proved(target, cover := self._ready(target, cover))
         except _Unlike: plan = self._proved(target, cover := Cover(target, samples, partial(trace, watched=False)))
     plan = self._told(plan)
     if self.strip_dropout: strip_dropout(target, self._last[1])
@@ -273,6 +300,7 @@ def _at_a_glance(self:BN_Folder, target, samples):
     widen(cover)
     main,first,*traced = cover.main,*cover.trials
     asked = {q.where for t in traced for q in t.questions('data')}
+    if traced: _check_parts(cover)
     if not traced or not main.plan.folded or main.plan.kept or not all(q.where in asked for q in first.questions('data')): return None,cover
     if self.store_weights and computing(main.graph): return None,cover
     exclude = {}
@@ -441,13 +469,16 @@ def _merge(target, sample):
     merge_blocks(double)
     merged.restore()
     _set_modes(target, modes)
-    if not prove(sample.run(target), refs, again, run_as(double, sample), exact, eps_of(target)).ok: snap.restore()
+    try: ok = prove(sample.run(target), refs, again, run_as(double, sample), exact, eps_of(target)).ok
+    except FoldError: ok = False # a part that shall be kept is gone
+    if not ok: snap.restore()
 
 # %% ../nbs/11_fold.ipynb #5a1c0e08
 def _format(target, sample, snap, auto):
     "Turn 4-D weights to channels_last; if `auto`, only if that is faster on the sample. Returns seconds by format."
     how = dict(timer=partial(clock, sample.device), num_threads=torch.get_num_threads())
     def seconds(): return Timer('s.run(m)', globals=dict(m=target, s=sample), **how).blocked_autorange(min_run_time=.3).median
+    sample = Sample(sample.args, sample.kwargs) # the parts are not what takes time
     before = seconds() if auto else None
     stores = Counter(t.untyped_storage()._cdata for t in tensors_in(target) if is_dense(t)) # views of one memory stay that
     old = [(p, p.data) for p in target.parameters() if p.dim()==4 and is_dense(p) and stores[p.untyped_storage()._cdata]==1]

@@ -12,6 +12,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import cycle
 from fastcore.basics import patch
+from torch import nn
 from .affine import Affine
 from .find import Kept, find_norms
 from .rules import BESIDE, Blocked, Context
@@ -51,6 +52,7 @@ class FoldPlan:
     notes:list = field(default_factory=list, repr=False) # Sentences: what else there is to know
     covers:list = field(default_factory=list, repr=False) # Sentences: which inputs that covers, and what it does not
     stored:list = field(default_factory=list, repr=False) # `Stored` items
+    changed:list = field(default_factory=list, repr=False) # Names of the modules, and of methods that `forward` calls or that end with one of the modules, that return other values than before
     unused:dict = field(default_factory=dict, repr=False) # Name of each module that ran on no sample, and is gone, to how many parameters it had
 
     def __getstate__(self): return vars(self) | dict(edits={}, sources={}, removed={}, apart={})
@@ -109,6 +111,8 @@ class Planner(Network):
         self.ended = {} # norm call and seed to what is in the way, however far one looks
         self.apart = {} # activation that may no longer work in place to the norms that go because of that
         self.homes = {} # storage to all that became one with it
+        self.moved = {} # value to the `Gauge` that says what became of it, None where no map does
+        self.members = {} # what is left of several values to all of them
         self.held = graph.held
         self.writes,self.values = defaultdict(list),defaultdict(set) # by storage: writers, values
         for o in graph.ops:
@@ -137,8 +141,8 @@ def edits_as(self:Planner,
     calls, # `NormCall`s of one norm
     maps, # The `Affine` of each
     kind, # Of `SEEDS`: what goes before it, and what behind
-)->dict: # Leaf value to the map that its parameter gets
-    "The edits that fold a norm. Raises `Blocked`."
+)->dict: # Value to its `Gauge`, for all that change; of parameters, that is what to edit
+    "What folds a norm. Raises `Blocked`."
     if (calls[0],kind) in self.ended: raise self.ended[calls[0],kind]
     inside,noted,failed,far = {o for c in calls for o in c.ops},set(),[],False
     for sides in SIDES:
@@ -168,47 +172,55 @@ def _sum_terms(op):
 
 @patch
 def _added_to(self:Planner, y):
-    "The sum that alone reads `y`, `y` there and its sign, and the other term and its sign; sums with a 0 are passed."
+    "The sum that alone reads `y`, `y` and what it becomes until there, its sign, and the other term and its sign; sums with a 0 are passed."
+    ys = [y]
     while True:
         self.free(y)
         users = self.users(y)
         op = users[0] if len(users)==1 else None
         u,p,v,q = _sum_terms(op)
         if not isinstance(u, Value) or self.rep(u) is not y: u,p,v,q = v,q,u,p
-        if isinstance(v, Value) or v!=0 or p!=1: return op,y,p,v,q
-        y = op.out
+        if isinstance(v, Value) or v!=0 or p!=1: return op,ys,p,v,q
+        ys.append(y := op.out)
 
 # %% ../nbs/06_plan.ipynb #3e886ebc
 @patch
 def _add(self:Planner, v, a, x, reader):
-    "What makes `v`, which only `reader` reads, become `v + a(x)`: (operation, weight, map that it wants of it)."
+    "What makes `v`, which only `reader` reads, become `v + a(x)`: (operation, weight, map that it wants of it), and for `v` itself, of which no map tells what it becomes, None."
     v,why = self.rep(v),Blocked(_nothing)
     if v.op is None or v.op.name not in BESIDE or self.users(v)!=[reader]: raise why
     self.free(v)
     for further,asks in BESIDE[v.op.name](v.op, x, a, lambda u,v: self.rep(u) is self.rep(v)):
-        try: return [k for u,m in further for k in self._add(u, m, x, v.op)] + [(v.op,u,m) for u,m in asks]
+        try: return [k for u,m in further for k in self._add(u, m, x, v.op)] + [(v.op,u,m) for u,m in asks] + [(v.op,v,None)]
         except Blocked as e: why = e
     raise why
 
 @patch
 def _asked(self:Planner, asks, inside=()):
-    "The edits that meet `asks`, on straight ways: what is added there counts on the other values to stay."
+    "What meets `asks`, on straight ways: what is added there counts on the other values to stay."
     attempt = Spread(self, inside, reach=0)
-    for o,v,a in asks: attempt.set(v, Gauge(a), o)
-    return attempt.run()
+    for o,v,a in asks:
+        if a is not None: attempt.set(v, Gauge(a), o)
+    return attempt.run() | {v:None for _,v,a in asks if a is None}
 
 # %% ../nbs/06_plan.ipynb #02bd5fb4
 @patch
 def beside(self:Planner, calls, maps):
-    "The edits that fold the norm `calls`, which do `maps`, into convolutions of the same input that are added to them."
-    asks = []
+    "What folds the norm `calls`, which do `maps`, into convolutions of the same input that are added to them."
+    asks,slots = [],{}
     for c,a in zip(calls, maps):
-        op,y,p,v,q = self._added_to(self.rep(c.y))
+        op,(*ys,y),p,v,q = self._added_to(self.rep(c.y))
         if not isinstance(v, Value) or self.rep(v) is y or v.shape!=c.y.shape: raise Blocked(_nothing)
         asks += self._add(v, Affine((a.scale-1)*p/q, a.shift*p/q).collapse(), c.x, op)
-    return self._asked(asks)
+        slots |= dict.fromkeys((*ys,y), Gauge(back=a))
+    return self._asked(asks) | slots
 
 # %% ../nbs/06_plan.ipynb #12187fe8
+def _then(g, h):
+    "One gauge of a value and then another; None stands for what no map says."
+    try: return g and h and g.then(h)
+    except Blocked: return None
+
 @patch
 def _around_one(self:Planner, c, a, side):
     y = self.rep(c.x)
@@ -219,18 +231,18 @@ def _around_one(self:Planner, c, a, side):
     both = isinstance(u, Value) and isinstance(v, Value) and u is not v and u.shape==v.shape==y.shape
     if not both or v.const: raise Blocked("it comes after a sum with a constant")
     asks = self._add(u, Affine((a.scale-1)*q/p, torch.zeros_like(a.shift)).collapse(), v, y.op)
-    edits = self._asked([(y.op,u,Affine(a.scale, a.shift/p))], {y.op})
-    for w,m in self._asked(asks).items(): edits[w] = m@edits[w] if w in edits else m
-    return edits
+    gauges = self._asked([(y.op,u,Affine(a.scale, a.shift/p))], {y.op}) | {y:Gauge(a)}
+    for w,g in self._asked(asks).items(): gauges[w] = _then(gauges[w], g) if w in gauges else g
+    return gauges
 
 @patch
 def around(self:Planner, calls, maps, side):
-    "The edits that fold the norm `calls`, which do `maps`, of a sum into one of its terms, where the other term is the input of a convolution in that one."
+    "What folds the norm `calls`, which do `maps`, of a sum into one of its terms, where the other term is the input of a convolution in that one."
     res = {}
     for c,a in zip(calls, maps):
-        edits = self._around_one(c, a, side)
-        if res.keys()&edits.keys(): raise Blocked("it runs more than once")
-        res.update(edits)
+        gauges = self._around_one(c, a, side)
+        if res.keys()&gauges.keys(): raise Blocked("it runs more than once")
+        res.update(gauges)
     return res
 
 # %% ../nbs/06_plan.ipynb #8cd7df25
@@ -273,12 +285,14 @@ def clash(self:Planner, calls):
 
 # %% ../nbs/06_plan.ipynb #2a7064ef
 @patch
-def commit(self:Planner, name, calls, edits, apart=()):
+def commit(self:Planner, name, calls, gauges, apart=()):
     "Make the fold of the norm `name` part of the state."
     self.stops.clear()
     if self.reach<=_near: self.ended.clear()
-    for v,a in edits.items():
-        self.edits.setdefault(v, []).append(a)
+    for v,g in gauges.items():
+        for u in self.members.get(v, [v]): self.moved[u] = _then(self.moved[u], g) if u in self.moved else g
+        if not v.is_leaf: continue
+        self.edits.setdefault(v, []).append(g.to)
         self.sources.setdefault(v, []).append(name)
     for m in apart: self.apart.setdefault(m, []).append(name)
     for c in calls:
@@ -287,6 +301,7 @@ def commit(self:Planner, name, calls, edits, apart=()):
         self.readers[x] = sorted({*self.users(x),*self.users(c.y)}, key=lambda o: o.index)
         self.seen[x] = self.seen.get(x) or self.open(x) or self.seen.get(c.y) or self.open(c.y)
         self.root[c.y] = x
+        self.members[x] = self.members.get(x, [x])+self.members.get(c.y, [c.y])
         home = self._home(c.x.store)|self._home(c.y.store)
         for s in home: self.homes[s] = home
 
@@ -320,14 +335,30 @@ def _fold_norm(planner, name, calls, ways, why):
     reasons = {}
     for direction,way,*how in ways:
         try:
-            edits = way(planner, calls, maps, *how)
+            gauges = way(planner, calls, maps, *how)
             apart = planner.clash(calls)
         except Blocked as e: reasons.setdefault(direction, str(e))
         else:
-            planner.commit(name, calls, edits, apart)
-            into = dict.fromkeys(v.names[0].rpartition('.')[0] or v.names[0] for v in edits)
+            planner.commit(name, calls, gauges, apart)
+            into = dict.fromkeys(v.names[0].rpartition('.')[0] or v.names[0] for v in gauges if v.is_leaf)
             return Folded(name, list(into), direction, len(calls))
     why.update(reasons)
+
+# %% ../nbs/06_plan.ipynb #5a1c5019
+def _changed(planner, removed):
+    "Names of the modules and methods that return other values than before; what was in a norm that is `removed` is no longer there to be asked."
+    def differs(vs): return any(v in planner.moved and ((g := planner.moved[v]) is None or not g.given.snapped.is_identity) for v in vs)
+    names = dict.fromkeys(c.name for c in planner.graph.calls if c.name and differs(c.returned) and not (c.parent and c.parent.module in removed))
+    return [*names, *[k for k,vs in planner.graph.methods.items() if differs(vs)]]
+
+def _told_of(graph, changed):
+    "Sentences on what `changed`: methods, and the body of a model of body and head."
+    m,body = graph.calls[0].module,f'{next(iter(graph.calls[0].module._modules), None)}'
+    names = [body]*(isinstance(m, nn.Sequential) and bool(m._modules[body]._modules) and body in changed) + [k for k in changed if k in graph.methods]
+    if not names: return []
+    said = [f'`{k}`' for k in names[:2]] + [f'{len(names)-2} more']*(len(names)>2)
+    return [f"{' and '.join([', '.join(said[:-1]), said[-1]] if said[1:] else said)} return{'s'*(len(names)==1)} other values than before, which the rest of the model makes up for: "
+        f"for embeddings from {'it' if len(names)==1 else 'one of them'}, fold with `keep={names[0]!r}`."]
 
 # %% ../nbs/06_plan.ipynb #ebd9cf2e
 def _hint(call):
@@ -373,5 +404,7 @@ def plan_folds(
     for m,calls in waiting.items():
         name,reason = calls[0].call.name or '',', and '.join(dict.fromkeys(why[m][k] for k in ('back','forward')))
         plan.kept.append(Kept(name, reason+('' if name in exclude else _hint(calls[0].call.parent)), len(calls)))
+    plan.changed = _changed(planner, plan.removed)
+    plan.notes += _told_of(graph, plan.changed)
     if k := len(plan.apart): plan.notes.append(f"{k} activation{'s'*(k>1)} no longer work{'s'*(k==1)} in place.")
     return plan

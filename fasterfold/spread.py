@@ -62,6 +62,7 @@ class Network:
 @patch
 def open(self:Network, v):
     "Who sees `v` from outside, empty if nobody does."
+    if v.part: return f"`keep` asks for what `{v.part}` returns"
     if v.is_output: return f"the model returns {f'`{v.names[0]}`' if v.is_leaf else 'what lies in between'}"
     if v in self.exposed: return f"`{self.exposed[v]}` did not run on the sample, and might read what lies in between (pass a sample that runs it, or delete it)"
     return f"{v.hooks[0]} sees what lies in between" if v.hooks else ''
@@ -144,6 +145,10 @@ class Gauge:
     def is_identity(self): return self.given.is_identity
     @cached_property
     def shifts(self): return bool((self.given.shift*self.given.scale).count_nonzero()) # of what is still there
+    def then(self, o):
+        "This gauge, and then `o`. Raises `Blocked` if scales of zero leave no map."
+        try: return Gauge(o.to@self.to)
+        except Blocked: return Gauge(back=(self.back@o.back))
     def agrees(self, o):
         k = 'to' if 'to' in vars(self) and 'to' in vars(o) else 'back'
         return close(getattr(self, k), getattr(o, k))
@@ -214,7 +219,7 @@ class Spread:
 # %% ../nbs/05_spread.ipynb #cc911129
 @patch
 def run(self:Spread):
-    "The maps of all parameters, once all gauges agree. Raises `Blocked`."
+    "Value to its gauge, for all that change, once all gauges agree. Raises `Blocked`."
     while self.queue:
         *_,v,o = heapq.heappop(self.queue)
         if o in self.inside or v in self.met[o]: continue
@@ -224,7 +229,7 @@ def run(self:Spread):
         except Blocked:
             if why: raise Blocked(why)
             raise
-    return {v:g.to for v,g in self.gauges.items() if v.is_leaf and not g.is_identity}
+    return {v:g for v,g in self.gauges.items() if not g.is_identity}
 
 # %% ../nbs/05_spread.ipynb #2b4b7e08
 @patch

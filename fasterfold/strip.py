@@ -127,7 +127,7 @@ def strip_identity(
     slot = lambda m,k: f'{names[m]}.{k}'.lstrip('.')
     try: outs,notes = _watched(model, samples, seqs) if seqs else ([],[])
     except Exception as e: return [],_told({slot(m, k):f"the model does not run while it is watched ({type(e).__name__}: {e})" for m in seqs for k in found[m]})
-    whys = {slot(m, k):_why_not(m, o, k) for m,o in zip(seqs, notes) for k in found[m]}
+    whys = {slot(m, k):"`keep` names it" if slot(m, k) in samples[0].parts else _why_not(m, o, k) for m,o in zip(seqs, notes) for k in found[m]}
     gone,before = [s for s,why in whys.items() if not why],Structure(model)
     take_out(model, gone)
     if verify and not all(_same(model, *o) for o in zip(samples, outs)):

@@ -6,11 +6,12 @@
 __all__ = ['Value', 'Op', 'Call', 'Graph', 'made_of', 'user_hooks', 'Tracer', 'trace', 'glance']
 
 # %% ../nbs/04_trace.ipynb #fc73e20c
-import torch, torch.nn.functional as F, weakref
+import inspect, torch, torch.nn.functional as F, weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from threading import get_ident
+from types import CodeType, FunctionType
 from torch import nn, Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook, register_module_forward_hook
 from torch.overrides import TorchFunctionMode
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from fastcore.basics import AttrDict, patch
 from .guards import Watch
-from .sample import Sample, returned, tensors_of
+from .sample import Sample, ask, returned, tensors_of, unheard
 from .state import Dispatch, FoldError, growing, held_by, passing, preserved
 
 # %% ../nbs/04_trace.ipynb #35421d42
@@ -42,6 +43,7 @@ class Value:
     slot:tuple = None # (module, name) of an absent parameter
     nested:bool = False # Is it a nested tensor, which has no shape? `shape` is then empty
     place:int = 0 # Which of the inputs it is
+    part:str = '' # The part of the model that returns it, if `keep` names one
 
     @property
     def rank(self): return len(self.shape)
@@ -49,7 +51,7 @@ class Value:
     def is_leaf(self): return self.kind in ('param','buffer','absent')
     @property
     def last_read(self):
-        if self.is_output or self.hooks or self.kind!='op': return float('inf')
+        if self.is_output or self.hooks or self.part or self.kind!='op': return float('inf')
         return max([u.index for u in self.users], default=self.time)
     @property
     def name(self):
@@ -98,6 +100,7 @@ class Call:
     keys:tuple = () # The names of those that are given by keyword
     out:Value = None # The value it returned, if it returned one tensor
     start:int = 0 # Index of the next operation when it began
+    returned:list = field(default_factory=list) # Values of all tensors that it returned
     @property
     def plain(self):
         "Would an `nn.Identity` take what it was given?"
@@ -118,6 +121,7 @@ class Graph:
     watch:Watch = None # What the model's code asked; None if it could not be watched
     idle:dict = field(default_factory=dict) # Name of each layer with weights of its own that took no part to the module, by name, that would run it
     parted:bool = False # Ran an operation in parts that the model runs as a whole?
+    methods:dict = field(default_factory=dict) # Name of each method of the model that it called to the values that this returned
     asked:dict = field(default_factory=dict) # Module to the names of its own weights that other code asks for, and where that code is
 
 
@@ -260,11 +264,6 @@ def _add_leaves(self:Tracer, named):
                 self.varying.add(v.store)
                 self.graph.leaves.append(v)
 
-# %% ../nbs/04_trace.ipynb #5a1c0f62
-def _as_now(t):
-    "A copy of `t`, of which nobody hears."
-    with _disable_current_modes(): return t.detach().clone()
-
 # %% ../nbs/04_trace.ipynb #1980ad10
 @patch
 def value(self:Tracer, t):
@@ -275,7 +274,7 @@ def value(self:Tracer, t):
     if wrote is None or wrote.time<=v.time: return v
     op = self._op(None, 'stale', AttrDict(), [v, wrote])
     const = v.const and v.store not in self.varying
-    op.outs = [self._add(t, 'op', v.store, op=op, const=const, tensor=_as_now(t) if const else None)]
+    op.outs = [self._add(t, 'op', v.store, op=op, const=const, tensor=unheard(t) if const else None)]
     return op.out
 
 @patch
@@ -353,6 +352,7 @@ def _exit_module(self:Tracer, m, args, *rest):
     while call.module is not m: call = self.stack.pop() # calls that ended in an exception the model caught
     if kwargs: self._by_keyword(call, *kwargs)
     if isinstance(out, Tensor): call.out = self.value(out)
+    call.returned = self.seen(out)
     self._watch(m, (*kwargs,out))
     if isinstance(m, torch.jit.ScriptModule): self._doubt(call, args, kwargs, out)
 
@@ -362,6 +362,12 @@ def _by_keyword(self:Tracer, call, given):
     "Note what `call` was given by keyword; a tensor that it wrote to meanwhile is another value than the one it was given."
     call.keys,call.given = tuple(given),call.given+len(given)
     if not call.ins: call.ins += [v for v in (self.value(t) for t in given.values() if isinstance(t, Tensor)) if v.time<call.start]
+
+@patch
+def seen(self:Tracer, out):
+    "The values of all tensors in `out` that are known."
+    with _disable_current_modes(): ts = [out] if isinstance(out, Tensor) else tensors_of(out)
+    return [v for t in ts if (v := self.known.get(t)) is not None]
 
 @patch
 def _watch(self:Tracer, m, seen):
@@ -408,6 +414,52 @@ def hooked(self:Tracer):
     try: yield
     finally:
         for h in handles: h.remove()
+
+# %% ../nbs/04_trace.ipynb #5a1c5011
+def _required(f): return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY,p.POSITIONAL_OR_KEYWORD) for p in inspect.signature(f).parameters.values())
+
+def _methods(model):
+    "The methods of its own by which `model` can be called as by `forward`: name to function."
+    res = {}
+    for c in type(model).__mro__[:type(model).__mro__.index(nn.Module)]:
+        if not c.__module__.startswith('torch.'): res = vars(c)|res
+    return {k:f for k,f in res.items() if isinstance(f, FunctionType) and k[0]!='_' and not hasattr(nn.Module, k) and k not in vars(model)
+        and _required(f)==_required(type(model).forward)}
+
+@patch
+@contextmanager
+def listed(self:Tracer, model):
+    "Note what those methods return that `model` calls."
+    def noting(k, f):
+        @wraps(f)
+        def _f(*args, **kwargs):
+            out = f(model, *args, **kwargs)
+            if get_ident()==self.thread: self.graph.methods.setdefault(k, []).extend(self.seen(out))
+            return out
+        return _f
+    methods = {k:noting(k, f) for k,f in _methods(model).items()}
+    vars(model).update(methods)
+    try: yield
+    finally:
+        for k in methods: vars(model).pop(k, None)
+
+# %% ../nbs/04_trace.ipynb #5a1c5012
+def _names(code): return {*code.co_names}.union(*[_names(c) for c in code.co_consts if isinstance(c, CodeType)])
+
+def _last(model, f, calls):
+    "Of `calls`, the last one of a module of `model` that the code of its method `f`, or of methods that it names, names; None if there is none."
+    todo,seen = [f],set()
+    while todo:
+        new = _names(inspect.unwrap(todo.pop()).__code__)-seen
+        seen |= new
+        todo += [g for k in new if isinstance(g := getattr(type(model), k, None), FunctionType)]
+    def within(c): return bool(c and c.name) and c.name.partition('.')[0] in seen
+    return next((c for c in reversed(calls) if within(c) and not within(c.parent)), None)
+
+def _others(model, graph):
+    "To `graph.methods`, those that `model` did not call."
+    for k,f in _methods(model).items():
+        if k not in graph.methods and (c := _last(model, f, graph.calls)) is not None: graph.methods[k] = c.returned
 
 # %% ../nbs/04_trace.ipynb #74ae4c70
 _bn_ops = ('native_batch_norm','cudnn_batch_norm','_native_batch_norm_legit_no_training')
@@ -480,7 +532,17 @@ def _in_wholes(model, sample, watch):
     "What `model` returns where nothing is run in parts, watched as it was."
     args,kwargs = sample.copied()
     if watch is not None: args,kwargs = watch.numbers((args,kwargs))
-    with preserved(model, partial(sample.call, model)), watch or nullcontext(): return returned(model(*args, **kwargs))[0]
+    with preserved(model, partial(sample.call, model)), watch or nullcontext(): return returned(ask(model, args, kwargs, sample.parts))[0]
+
+# %% ../nbs/04_trace.ipynb #5a1c5017
+def _mark_parts(tracer, parts, ways):
+    "Note on what `parts` returned that they did; of methods among them, this is in `ways`."
+    for c in tracer.graph.calls:
+        for k in parts:
+            if k in tracer.graph.modules.get(c.module, ()):
+                for v in c.returned: v.part = k
+    for k,out in ways.items():
+        for v in tracer.seen(out): v.part = k
 
 # %% ../nbs/04_trace.ipynb #9478a644
 def _record(model, sample, watched, still):
@@ -490,18 +552,21 @@ def _record(model, sample, watched, still):
     if watched:
         tracer.watch = graph.watch = watch
         args,kwargs = watch.numbers((args,kwargs))
-    with preserved(still or model, partial(sample.call, model)), tracer.hooked(), tracer:
+    with preserved(still or model, partial(sample.call, model)), tracer.hooked(), tracer.listed(model), tracer:
         tracer.listen()
         try:
-            with watch or nullcontext(): out = model(*args, **kwargs)
+            with watch or nullcontext(): out = ask(model, args, kwargs, sample.parts)
+        except FoldError: raise
         except Exception as e:
             what = f"The model does not run on the sample (shapes {sample}): {type(e).__name__}: {e}\n"
             raise FoldError(what + "Pass what it takes as `sample=`: a tuple for several arguments, a dict for keyword arguments.") from e
         graph.results,graph.hidden = returned(out)
         graph.outputs = [tracer.value(t) for t in graph.results]
         for v in graph.outputs: v.is_output = True
+        if sample.parts: _mark_parts(tracer, sample.parts, out[1])
         for v in tracer.outliving(): v.hooks.append('what outlives the forward pass')
     for op in graph.ops: _add_absent(op, graph, known)
+    _others(model, graph)
     if graph.parted: graph.results = _in_wholes(model, sample, Watch(tracer.owns) if watched else None)
     return graph
 
@@ -538,6 +603,6 @@ def glance(
     with preserved(still or model, partial(sample.call, model)):
         with Watch(lambda t: isinstance(t, nn.Parameter) or id(t) in own) as watch:
             args,kwargs = watch.numbers((args,kwargs))
-            out = model(*args, **kwargs)
+            out = ask(model, args, kwargs, sample.parts)
         results,hidden = returned(out)
         return Graph(results=results, hidden=hidden, watch=watch)

@@ -4,7 +4,7 @@ import numpy as np, torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from fasterfold.proof import distance,run,to_double
-from fasterfold.sample import Sample
+from fasterfold.sample import Sample,tensors_of
 from fasterfold.fold import BN_Folder
 
 def randomize_norms(
@@ -132,3 +132,31 @@ def state(
         tuple((k,bits(p)) for k,p in m._parameters.items()), tuple((k,bits(b)) for k,b in m._buffers.items()),
         tuple((h,tuple(getattr(m, h).items())) for h in hooks)) for n,m in model.named_modules(remove_duplicate=False)]
     return mods,rng_state(),torch.is_grad_enabled()
+
+# Parts of a model
+
+def heard(
+    model:nn.Module, # Any model
+    x, # What to call it with
+)->dict: # Name of each module to the tensors that it returned
+    "What each module of `model` returns."
+    res,handles = {},[]
+    def hear(name):
+        def hook(m, args, out): res.setdefault(name, []).extend(t.clone() for t in tensors_of(out))
+        return hook
+    for n,m in model.named_modules(remove_duplicate=False):
+        if n: handles.append(m.register_forward_hook(hear(n)))
+    try: run(model, x)
+    finally:
+        for h in handles: h.remove()
+    return res
+
+def outputs_of(model, x, part):
+    "What the module or method `part` of `model` returns."
+    if not callable(f := getattr(model, part, None)) or isinstance(f, nn.Module): return heard(model, x)[part]
+    with torch.no_grad(): return [t.clone() for t in tensors_of(Sample.of(x).call(f))]
+
+def has_changed(model, folded, x, far=1e-9):
+    "Names of the modules that return other values once folded, both in float64."
+    a,b = heard(model, x),heard(folded, x)
+    return {n for n in a if n in b and distance(b[n], a[n])>far}

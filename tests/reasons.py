@@ -140,6 +140,7 @@ _same = "failed verification: the folded model did not compute the same"
 FORMS = { # all other reasons: what must hold of the `Around` and the `Side`
     "the model returns what lies in between": lambda n,s: any(v.is_output and not v.is_leaf for v in s.values),
     "the model returns `([^`]+)`": lambda n,s,w: lent(n, s, w).is_output,
+    "`keep` asks for what `([^`]+)` returns": lambda n,s,k: any(v.part==k for v in s.values),
     "(.+) sees what lies in between": lambda n,s,who: any(who in v.hooks for v in s.values),
     r"`([^`]+)` did not run on the sample, and might read what lies in between \(.+\)": lambda n,s,m: not runs(n, m) and m in n.graph.idle,
     "it comes straight from the model's input": lambda n,s: any(v.kind=='input' for v in s.values),

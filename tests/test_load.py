@@ -131,13 +131,13 @@ def test_what_does_not_fit(tmp_path):
 MODELS = dict(
     timm_resnetv2=(lambda: timm.create_model('resnetv2_18'), (1,3,64,64)),
     timm_norm_act=(lambda: timm.create_model('efficientnet_lite0'), (1,3,64,64)),
-    timm_densenet=(lambda: timm.create_model('densenet121'), (1,3,64,64)),
-    in_place=(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, bias=False),
-        nn.BatchNorm2d(8, affine=False), nn.Flatten(), nn.Linear(32, 4)), (2,3,6,6)),
-    crepe=(lambda: nn.Sequential(*[l for i in (1,8,8) for l in (nn.Conv1d(i, 8, 5), nn.ReLU(), nn.BatchNorm1d(8, eps=.001), nn.MaxPool1d(2))],
-        nn.Conv1d(8, 8, 1), nn.BatchNorm1d(8), nn.Flatten(), nn.Linear(24, 4)), (2,1,52)),
-    other_norms=(lambda: nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU(),
-        nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(128, 4), nn.LayerNorm(4)), (2,3,6,6)))
+    timm_densenet=(lambda: timm.create_model('densenet121'), (1,3,64,64)))
+MODELS['other_norms'] = (lambda: nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU(), nn.Conv2d(8, 8, 1),
+    nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(128, 4), nn.LayerNorm(4))), (2,3,6,6)
+MODELS['in_place'] = (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, bias=False),
+    nn.BatchNorm2d(8, affine=False), nn.Flatten(), nn.Linear(32, 4))), (2,3,6,6)
+MODELS['crepe'] = (lambda: nn.Sequential(*[l for i in (1,8,8) for l in (nn.Conv1d(i, 8, 5), nn.ReLU(), nn.BatchNorm1d(8, eps=.001), nn.MaxPool1d(2))],
+    nn.Conv1d(8, 8, 1), nn.BatchNorm1d(8), nn.Flatten(), nn.Linear(24, 4))), (2,1,52)
 
 @pytest.mark.parametrize('name', MODELS)
 def test_models_load(name, tmp_path):

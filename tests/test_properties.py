@@ -541,6 +541,15 @@ def check_on_nothing(model, sample, refs):
     except Exception: return # not all can run on it
     agree(run(BN_Folder(verify=False).fold(model, none), sample), refs, model, sample)
 
+def check_parts(model, new, sample, plan):
+    "Modules that return other values are told of, and one of those is kept if that is asked for."
+    changed = has_changed(model, new, sample, 1e-6)
+    assert changed<={*plan.changed}, f"{changed-{*plan.changed}} changed in silence"
+    for part in sorted(changed)[:1]:
+        kept = BN_Folder(verify=False, keep=part).fold(model, sample)
+        assert part not in has_changed(model, kept, sample, 1e-6), f"{part} changed, which was to be kept"
+        agree(run(kept, sample), run(model, sample), model, sample)
+
 def inputs(model, sample):
     "The sample, other values, another batch, other sizes and other arguments, with what the model returns, as far as it takes them and makes as many values of them."
     s = Sample(sample)
@@ -565,6 +574,7 @@ def check(model, sample):
     assert not lost, f"{lost} neither folded nor kept"
     assert not {*names_of(plan.folded)}&{*names_of(plan.kept)} and all(o.reason for o in plan.kept)
     for o,r in tried: agree(run(new, o), r, model, o)
+    check_parts(model, new, sample, plan)
     new.train() # and what that leaves of it
     new.eval()
     agree(run(new, sample), refs, model, sample)
