@@ -66,11 +66,11 @@ def _part(model, k):
     if isinstance(k, nn.Module):
         if (name := next((n for n,m in model.named_modules() if m is k), None)) is None: raise FoldError(f"`keep` has a {type(k).__name__} that is no module of this model.")
         return name
-    if part_named(model, k): return k
+    if not k or part_named(model, k): return k
     near = get_close_matches(k, [n for n,_ in model.named_modules()], 3)
     raise FoldError(f"`keep='{k}'`: the model has no module and no method of that name" + (f"; is it {' or '.join(f'`{n}`' for n in near)}?" if near else '.'))
 
-def _parts(model, keep): return tuple(dict.fromkeys(_part(model, k) for k in keep))
+def _parts(model, keep): return tuple(dict.fromkeys(n for k in keep if (n := _part(model, k)))) # what the model itself returns stays anyway
 
 def _check_parts(cover):
     "Raise `FoldError` if a module that shall be kept did not run."

@@ -174,6 +174,7 @@ def fold_like(
 )->nn.Module: # `model`
     """Load the weights of a folded model into one that is not folded, whose norms go just where they are gone in the file. Raises `FoldError`, and changes nothing, if they do not fit.
 
+    >>> from fasterfold import BN_Folder
     >>> def new(): return nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
     >>> folded = BN_Folder().fold(new())
     >>> fold_like(new(), folded.state_dict())

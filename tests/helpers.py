@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fasterfold.proof import distance,run,to_double
 from fasterfold.sample import Sample,tensors_of
 from fasterfold.fold import BN_Folder
+from fasterfold.state import copy_model
 
 def randomize_norms(
     model:nn.Module, # Changed in place
@@ -139,16 +140,14 @@ def heard(
     model:nn.Module, # Any model
     x, # What to call it with
 )->dict: # Name of each module to the tensors that it returned
-    "What each module of `model` returns."
-    res,handles = {},[]
+    "What each module of a copy of `model` returns."
+    model,res = copy_model(model).eval(),{}
     def hear(name):
         def hook(m, args, out): res.setdefault(name, []).extend(t.clone() for t in tensors_of(out))
         return hook
     for n,m in model.named_modules(remove_duplicate=False):
-        if n: handles.append(m.register_forward_hook(hear(n)))
-    try: run(model, x)
-    finally:
-        for h in handles: h.remove()
+        if n: m.register_forward_hook(hear(n))
+    with torch.no_grad(): Sample.of(x).call(model)
     return res
 
 def outputs_of(model, x, part):

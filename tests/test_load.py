@@ -128,10 +128,8 @@ def test_what_does_not_fit(tmp_path):
 
 # Any model, any file
 
-MODELS = dict(
-    timm_resnetv2=(lambda: timm.create_model('resnetv2_18'), (1,3,64,64)),
-    timm_norm_act=(lambda: timm.create_model('efficientnet_lite0'), (1,3,64,64)),
-    timm_densenet=(lambda: timm.create_model('densenet121'), (1,3,64,64)))
+def of_timm(name): return lambda: timm.create_model(name)
+MODELS = {k:(of_timm(k),(1,3,64,64)) for k in ('resnetv2_18','efficientnet_lite0','densenet121')}
 MODELS['other_norms'] = (lambda: nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU(), nn.Conv2d(8, 8, 1),
     nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(128, 4), nn.LayerNorm(4))), (2,3,6,6)
 MODELS['in_place'] = (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, bias=False),

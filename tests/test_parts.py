@@ -143,6 +143,49 @@ def test_parts_that_are_none():
     for keep in (None,3,[3],{'a':1}):
         with pytest.raises(FoldError, match='`keep` is a list of modules or names'): BN_Folder(keep=keep)
 
+@pytest.mark.parametrize('wrap', [nn.DataParallel,lambda m: torch.compile(m, backend='eager'),lambda m: nn.parallel.DataParallel(torch.compile(m, backend='eager'))])
+def test_parts_of_a_wrapped_model(wrap):
+    "Named as in the model that is wrapped."
+    m,x = coder(),torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    before = m.encode(x)
+    for keep in ('encode',m.enc): assert len((folder := BN_Folder(keep=keep)).plan(wrap(m), x).folded)==2
+    folder.fold(wrap(m), x, inplace=True)
+    assert distance([m.encode(x)], [before])<1e-12 and count_norm_calls(m, x)==1
+
+def test_the_model_itself_is_kept_anyway():
+    m,x = coder(),torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    for keep in ([m],['']): assert BN_Folder(keep=keep).plan(m, x).rows()==BN_Folder().plan(m, x).rows()
+
+class Collects(nn.Module):
+    "A hook keeps what the convolution returned, which an activation would overwrite if the norm between them were gone."
+    def __init__(self):
+        super().__init__()
+        self.conv,self.norm,self.act,self.last = nn.Conv2d(3, 4, 3),nn.BatchNorm2d(4),nn.ReLU(inplace=True),nn.Conv2d(4, 2, 1)
+    def forward(self, x): return self.last(self.act(self.norm(self.conv(x))))
+
+def test_what_is_kept_is_not_overwritten_later():
+    m,x = randomize_norms(Collects()).double().requires_grad_(False),torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    m.norm.weight.abs_() # a positive scale alone goes on through the activation
+    for t in (m.norm.running_mean,m.norm.bias): t.zero_()
+    f = (folder := BN_Folder(keep='conv')).fold(m, x)
+    assert [o.direction for o in folder.result.folded]==['forward']
+    held = []
+    f.conv.register_forward_hook(lambda m, args, out: held.append(out)) # and no copy of it
+    f(x)
+    assert distance(held, [m.conv(x)])<1e-12
+
+def test_parts_with_other_options(tmp_path):
+    from fasterfold.all import FoldCallback
+    learn = KINDS['plain_learner'](tmp_path)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2, cbs=FoldCallback(keep='0'))
+    assert '0' not in learn._past.folders[0].result.changed
+    m,x = coder(),torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    m.spare = nn.Linear(9, 9)
+    f = (folder := BN_Folder(keep=['encode','enc.2'], strip_identity=True, strip_unused=True)).fold(m, x)
+    assert not [*f.spare.parameters()] and folder.result.stripped==['enc.1','dec.1'] and distance([f.encode(x)], [m.encode(x)])<1e-12
+    f = (folder := BN_Folder(keep='enc.1', strip_identity=True)).fold(m, x)
+    assert 'enc.1' not in folder.result.stripped and '`keep` names it' in ' '.join(folder.result.notes)
+
 def test_branches_with_a_part_in_them_stay():
     m,x = randomize_norms(timm.create_model('repvgg_a0')),torch.randn(1, 3, 64, 64)
     part = 'stages.0.0.conv_kxk'
