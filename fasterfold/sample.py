@@ -15,6 +15,7 @@ from torch import nn, Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
 from fastcore.basics import patch
+from .interrupt import interruptible, whole
 from .state import Detached, FoldError, is_dense, preserved, wide
 
 # %% ../nbs/02_sample.ipynb #6448f77a
@@ -135,8 +136,9 @@ class Sample:
     ): # What it returns
         "Call `model` with copies of the arguments."
         args,kwargs = self.copied()
-        return model(*args, **kwargs)
+        return interruptible(model, *args, **kwargs)
 
+    @whole
     def run(self,
         model:nn.Module, # Any model
         still=None, # A `Still` of it, if there is one

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from fastcore.basics import AttrDict, patch
 from .guards import Watch
+from .interrupt import interruptible, whole
 from .sample import Sample, returned, tensors_of
 from .state import Dispatch, FoldError, growing, held_by, passing, preserved
 
@@ -480,7 +481,7 @@ def _in_wholes(model, sample, watch):
     "What `model` returns where nothing is run in parts, watched as it was."
     args,kwargs = sample.copied()
     if watch is not None: args,kwargs = watch.numbers((args,kwargs))
-    with preserved(model, partial(sample.call, model)), watch or nullcontext(): return returned(model(*args, **kwargs))[0]
+    with preserved(model, partial(sample.call, model)), watch or nullcontext(): return returned(interruptible(model, *args, **kwargs))[0]
 
 # %% ../nbs/04_trace.ipynb #9478a644
 def _record(model, sample, watched, still):
@@ -493,7 +494,7 @@ def _record(model, sample, watched, still):
     with preserved(still or model, partial(sample.call, model)), tracer.hooked(), tracer:
         tracer.listen()
         try:
-            with watch or nullcontext(): out = model(*args, **kwargs)
+            with watch or nullcontext(): out = interruptible(model, *args, **kwargs)
         except Exception as e:
             what = f"The model does not run on the sample (shapes {sample}): {type(e).__name__}: {e}\n"
             raise FoldError(what + "Pass what it takes as `sample=`: a tuple for several arguments, a dict for keyword arguments.") from e
@@ -510,6 +511,7 @@ def _spelled(*args):
     if all(op.name!='new_empty' for op in graph.ops): return graph
     with _Spelled(): return _record(*args)
 
+@whole
 @growing()
 def trace(
     model:nn.Module, # The model, in any mode
@@ -538,6 +540,6 @@ def glance(
     with preserved(still or model, partial(sample.call, model)):
         with Watch(lambda t: isinstance(t, nn.Parameter) or id(t) in own) as watch:
             args,kwargs = watch.numbers((args,kwargs))
-            out = model(*args, **kwargs)
+            out = interruptible(model, *args, **kwargs)
         results,hidden = returned(out)
         return Graph(results=results, hidden=hidden, watch=watch)
