@@ -308,15 +308,17 @@ class FoldedValidation(_AtHome):
             interruptible(batches)
         finally: folder.undo()
 
-_all_batches = Learner.all_batches
+def _by_callback(all_batches):
+    "`all_batches` that a `FoldedValidation` may fold around."
+    @wraps(all_batches)
+    def _f(self):
+        cb = next((o for o in self.cbs if isinstance(o, FoldedValidation) and o.due), None)
+        if cb is None: return all_batches(self)
+        cb.due = False
+        return all_batches(self) if self.training else cb.around(partial(all_batches, self))
+    return _f
 
-@patch
-@wraps(_all_batches)
-def all_batches(self:Learner):
-    cb = next((o for o in self.cbs if isinstance(o, FoldedValidation) and o.due), None)
-    if cb is None: return _all_batches(self)
-    cb.due = False
-    return _all_batches(self) if self.training else cb.around(partial(_all_batches, self))
+Learner.all_batches = _by_callback(Learner.all_batches)
 
 
 # %% ../nbs/15_learner.ipynb #f8035565
