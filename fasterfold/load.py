@@ -161,13 +161,11 @@ def adopt(
         if any([_empty(model, state, graph),_store(model, state, graph)]): graph = trace(model, sample)
         _remove_norms(model, state, graph)
         _add_biases(model, state, graph)
-        fits = not (d := Misfit(model, state)) and not d.other
+        if (d := Misfit(model, state)) or d.other: raise misfit_error(model, state)
     except BaseException:
         snap.restore()
         raise
-    if fits: return snap
-    snap.restore()
-    raise misfit_error(model, state)
+    return snap
 
 # %% ../nbs/11_load.ipynb #5a1c3016
 @whole
