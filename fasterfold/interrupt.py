@@ -59,12 +59,13 @@ def _begin():
 def _end(*befores):
     "Give the key back, unless somebody else has taken it; if this was the outermost operation, a Ctrl-C that waits is heard."
     if not _is_main(): return
-    tell,waits = _pressed.handler,_pressed.at is not None and _place(sys._getframe().f_back.f_back) is None
-    if waits: _pressed.at = None
+    tell,outside = _pressed.handler,_place(sys._getframe().f_back.f_back) is None
     for handler,earlier in filter(None, befores):
         if signal.getsignal(signal.SIGINT) is _on_signal: signal.signal(signal.SIGINT, handler)
         _pressed.handler = earlier
-    if waits: tell(signal.SIGINT, sys._getframe())
+    if outside and _pressed.at is not None:
+        _pressed.at = None
+        tell(signal.SIGINT, sys._getframe())
 
 # %% ../nbs/01_interrupt.ipynb #5a1c500c
 def whole(
