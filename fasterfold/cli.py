@@ -39,7 +39,7 @@ class _Group(TyperGroup):
             typer.echo(f'fasterfold: {e}', err=True)
             raise typer.Exit(e.code)
         except KeyboardInterrupt:
-            typer.echo(f"fasterfold: Interrupted: {' and '.join(map(str, written)) or 'nothing'} was written.", err=True)
+            typer.echo(f"fasterfold: Interrupted{f' after {names} had been written' if (names := ' and '.join(map(str, written))) else ': nothing was written'}.", err=True)
             raise typer.Exit(130)
 
 # %% ../nbs/17_cli.ipynb #b851a7cf
