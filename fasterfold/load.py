@@ -13,6 +13,7 @@ from .constants import storable, store
 from .edit import Snapshot, apply_plan, by_name, put
 from .find import find_norms
 from .fold import merge_blocks
+from .interrupt import check, interruptible, whole
 from .plan import FoldPlan, Planner
 from .rules import Blocked
 from .sample import Sample
@@ -167,6 +168,7 @@ def adopt(
     return snap
 
 # %% ../nbs/11_load.ipynb #5a1c3016
+@whole
 def fold_like(
     model:nn.Module, # A newly built model, changed in place, in any mode
     state, # Weights of the folded one: a state dict, or the name of a file (`.pth`, `.safetensors`)
@@ -184,10 +186,12 @@ def fold_like(
       (2): ReLU()
     )
     """
-    target,state = check_model(model),read_weights(state)
+    target,state = check_model(model),interruptible(read_weights, state)
     if (d := Misfit(target, state)).other and not d: raise misfit_error(target, state)
     snap = adopt(target, state, Sample.of(sample, target)) if d else None
-    try: target.load_state_dict({**state, **{k:state[o] for k,o in Misfit(target, state).tied.items()}})
+    try:
+        check() # later it is done
+        target.load_state_dict({**state, **{k:state[o] for k,o in Misfit(target, state).tied.items()}})
     except BaseException:
         if snap: snap.restore()
         raise
