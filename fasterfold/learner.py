@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader as TorchDataLoader
 from .fold import BN_Folder
 from .interrupt import block,check,interruptible,whole
 from .load import Misfit,adopt
+from .normalize import in_front,left,loader_norm,renamed,without_norm
 from .plan import FoldPlan
 from .report import FoldReport,report
 from .sample import Sample
@@ -54,15 +55,30 @@ def _samples(learn, sample=None):
     return [Sample.of(None, model)]
 
 # %% ../nbs/15_learner.ipynb #3cf42ca9
+def _images(learn, folder, sample, normalize):
+    "What `folder` shall fold, samples for it, the loaders' normalization that is in it if `normalize`, and why a part of that will stay."
+    model,samples = learn.model,_samples(learn, sample)
+    if normalize is False: return model,samples,None,''
+    if normalize is not True: raise FoldError(f"`normalize` is True or False, and not {normalize!r}.")
+    if model is not unwrap(model): raise FoldError("`normalize=True`: the model is wrapped. Fold it outside of the wrapper.")
+    loader = next((dl for dl in reversed(learn.dls.loaders[:2]) if hasattr(dl, 'new') and len(dl)), None)
+    norm = loader_norm(learn.dls, () if loader is None else _batch(loader), learn.dls.n_inp)
+    model,samples,why = in_front(folder, model, norm, samples)
+    return model,samples,norm,why
+
 @patch
 @whole
 @delegates(BN_Folder)
 def fold_plan(self:Learner,
     sample=None, # Input to trace: a tuple is positional arguments, a dict keyword arguments; by default a validation batch
+    normalize:bool=False, # Also fold the `Normalize` of the loaders into the model, which then takes images as they are?
     **kwargs
 )->FoldPlan: # Norms that would be folded, and those that would stay
     "What `fold` would do to `model`; nothing changes."
-    return BN_Folder(**kwargs).plan(self.model, samples=_samples(self, sample))
+    folder = BN_Folder(**kwargs)
+    model,samples,norm,why = _images(self, folder, sample, normalize)
+    plan = folder.plan(model, samples=samples)
+    return renamed(plan, why) if norm else plan
 
 # %% ../nbs/15_learner.ipynb #5a1c4002
 def _versions(model): return [(p, None if p.is_inference() else p._version, p.data_ptr()) for p in model.parameters()]
@@ -92,10 +108,34 @@ def _past(learn):
     past = learn.__dict__.get('_past')
     return past if past is not None and past.model is unwrap(learn.model) else None
 
-def _remember(learn, folder=None, lost="it was folded with `undo=False`"):
-    "Note that `folder` has folded the model of `learn`, or why what was before is `lost`."
-    if _past(learn) is None: learn._past = _Past(unwrap(learn.model), learn.opt)
-    _past(learn).add(folder, lost)
+def _remember(learn, fold=None, lost="it was folded with `undo=False`", past=None):
+    "Note that `fold` was done to `learn`, or why what was before is `lost`; `past` is what came before it."
+    learn._past = past or _past(learn) or _Past(unwrap(learn.model), learn.opt)
+    learn._past.model = unwrap(learn.model)
+    learn._past.add(fold, lost)
+
+class _Fold:
+    "A fold of the model of `learn` in place, and the way back."
+    def __init__(self, learn, sample, normalize, copied=False, **kwargs):
+        self.learn,self.model,self.splitter,self.past,self.folder = learn,learn.model,learn.splitter,_past(learn),BN_Folder(**kwargs)
+        model,self.samples,norm,why = _images(learn, self.folder, sample, normalize)
+        if copied: self.original = copy_model(unwrap(model))
+        self.folder.fold(model, samples=self.samples, inplace=True)
+        self.plan,self.back = self.folder.result,noop
+        if norm is None: return
+        renamed(self.plan, why)
+        learn.model,self.back = left(model, norm),without_norm(learn.dls)
+        if learn.model is not self.model: learn.splitter = trainable_params # which knows nothing of positions
+
+    def undo(self):
+        self.folder.undo()
+        self.back()
+        self.learn.model,self.learn.splitter = self.model,self.splitter
+
+    def done(self, undo):
+        "The learner has what was folded from now on; may it be undone?"
+        _remember(self.learn, self if undo else None, past=self.past)
+        self.learn.opt = None
 
 # %% ../nbs/15_learner.ipynb #2f86771e
 @patch
@@ -103,14 +143,12 @@ def _remember(learn, folder=None, lost="it was folded with `undo=False`"):
 @delegates(BN_Folder)
 def fold_bn(self:Learner,
     sample=None, # Input to trace: a tuple is positional arguments, a dict keyword arguments; by default a validation batch
+    normalize:bool=False, # Also fold the `Normalize` of the loaders into the model, which then takes images as they are?
     undo:bool=True, # Remember what `unfold` needs? That takes as much memory as the weights that change
     **kwargs
 )->Learner: # The learner itself
     "Fold the norms of `model` in place, as in `learn.fold_bn().validate()`."
-    folder = BN_Folder(**kwargs)
-    folder.fold(self.model, samples=_samples(self, sample), inplace=True)
-    _remember(self, folder if undo else None)
-    self.opt = None
+    _Fold(self, sample, normalize, **kwargs).done(undo)
     return self
 
 # %% ../nbs/15_learner.ipynb #5f644648
@@ -119,15 +157,15 @@ def fold_bn(self:Learner,
 @delegates(BN_Folder)
 def folded(self:Learner,
     sample=None, # Input to trace: a tuple is positional arguments, a dict keyword arguments; by default a validation batch
+    normalize:bool=False, # Also fold the `Normalize` of the loaders into the model, which then takes images as they are?
     **kwargs
 ):
     "Fold the norms of `model` inside a `with` block, and undo it after."
-    folder,opt,past = BN_Folder(**kwargs),self.opt,_past(self)
-    folder.fold(self.model, samples=_samples(self, sample), inplace=True)
+    opt,past,fold = self.opt,_past(self),_Fold(self, sample, normalize, **kwargs)
     self.opt,self._past = None,_Past(unwrap(self.model), opt, inside=True)
     try: yield self
     finally:
-        folder.undo()
+        fold.undo()
         self.opt,self._past = opt,past
 
 # %% ../nbs/15_learner.ipynb #f60bb957
@@ -171,24 +209,23 @@ def _scores(learn):
 @delegates(BN_Folder)
 def fold(self:Learner,
     sample=None, # Input to trace and to time: a tuple is positional arguments, a dict keyword arguments; by default a validation batch
+    normalize:bool=False, # Also fold the `Normalize` of the loaders into the model, which then takes images as they are?
     undo:bool=True, # Remember what `unfold` needs? That takes as much memory as the weights that change
     **kwargs
 )->FoldReport: # What it changed
     "Fold the norms of `model` in place, and report on norms, size, latency and metrics."
-    folder,samples,model = BN_Folder(**kwargs),_samples(self, sample),unwrap(self.model)
     with _as_it_was(self):
-        original,before = copy_model(model),_scores(self)
-        folder.fold(self.model, samples=samples, inplace=True)
+        before,fold = _scores(self),_Fold(self, sample, normalize, copied=True, **kwargs)
         try:
-            res = report(original, model, folder.result, samples[0].by_size(model), progress=hasattr(self, 'progress'))
+            model = unwrap(self.model)
+            res = report(fold.original, model, fold.plan, fold.samples[0].by_size(model), progress=hasattr(self, 'progress'))
             after = _scores(self)
             check() # later it is done
         except BaseException:
-            folder.undo()
+            fold.undo()
             raise
-    _remember(self, folder if undo else None)
-    self.opt = None
-    res.metrics,res.formats = {k:(v,after[k]) for k,v in before.items()},getattr(folder, 'formats', {})
+    fold.done(undo)
+    res.metrics,res.formats = {k:(v,after[k]) for k,v in before.items()},fold.folder.formats
     return res
 
 
@@ -244,11 +281,12 @@ class FoldCallback(_AtHome):
     @delegates(BN_Folder)
     def __init__(self,
         sample=None, # Input to trace, as for `Learner.fold`
+        normalize:bool=False, # Also fold the `Normalize` of the loaders, as for `Learner.fold`?
         undo:bool=True, # Remember what `Learner.unfold` needs?
         **kwargs
     ):
         BN_Folder(**kwargs) # to hear of a wrong option now, not when the training is over
-        self.sample,self.undo,self.kwargs,self.plan = sample,undo,kwargs,None
+        self.sample,self.normalize,self.undo,self.kwargs,self.plan = sample,normalize,undo,kwargs,None
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self, 'gather_preds')
@@ -262,10 +300,9 @@ class FoldCallback(_AtHome):
         more = self.learn.__dict__.get('fits_left', 1)-1
         if 'fits_left' in self.learn.__dict__: self.learn.fits_left = more
         if self.trained and not more:
-            folder = BN_Folder(**self.kwargs)
-            folder.fold(self.learn.model, samples=_samples(self.learn, self.sample), inplace=True)
-            _remember(self.learn, folder if self.undo else None)
-            self.plan,self.learn.opt = folder.result,None
+            fold = _Fold(self.learn, self.sample, self.normalize, **self.kwargs)
+            fold.done(self.undo)
+            self.plan = fold.plan
 
 # %% ../nbs/15_learner.ipynb #a606cdbb
 _fine_tune = Learner.fine_tune
@@ -330,8 +367,8 @@ def _to_file(learn, model, sample, strict, state, prefix):
     if not (d := Misfit(model, state)): return
     try: snap = adopt(model, state, _samples(learn, sample)[0])
     except FoldError:
-        if not strict: return # fastai loads what fits
-        if d.folds: raise
+        if not strict and not d.raw: return # fastai loads what fits
+        if d.folds or d.raw: raise
         return # fastai says what does not fit
     if snap: raise _Adopted(snap)
 

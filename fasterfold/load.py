@@ -58,6 +58,7 @@ class Misfit:
 
         modules,gone = by_name(model),_norms(self.extra)
         self.before = bool(gone) and not _norms(self.lacks) and all(n in modules and not [*modules[n].parameters(recurse=False)] for n in gone) # is it the model that is folded?
+        self.raw = any(k=='normalize_folded' or k.startswith('normalize.running_') for k in self.extra) # does the file's model normalize its input itself?
         self.folds = self.before or bool(_norms(self.lacks)) and not gone or any(k.endswith('folded') for k in self.extra) # is one of them, as far as names tell?
     def __bool__(self): return bool(self.lacks or self.extra)
     def __len__(self): return len(self.lacks)+len(self.extra)
@@ -73,6 +74,9 @@ def misfit_error(
 )->FoldError:
     "What to tell the user."
     d = Misfit(model, state)
+    if d.raw:
+        return FoldError("The file is of a model that normalizes its input itself (it was folded with `normalize=True`), and this one does not. "
+            "Load the whole learner, as `learn.export` writes it; or fold this one with `normalize=True`, and load then.")
     if d.before:
         return FoldError(f"The model is folded, and the file has the weights of norms that are gone from it ({_listed(f'{n}.' for n in sorted(_norms(d.extra)))}): it is from before folding, or less was folded. "
             "Load it into a newly built model or learner (a folded learner gives its norms back with `learn.unfold()`), and fold then.")
