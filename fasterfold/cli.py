@@ -81,14 +81,21 @@ def _examples(*lines):
     return '\n\n'.join(['[b]Examples[/b]', *lines])
 
 # %% ../nbs/17_cli.ipynb #5ece56a8
+def _Flag(name, help): return Annotated[bool, typer.Option(name, help=help, metavar='')]
+
 _File = Annotated[Path|None, typer.Argument(metavar='EXPORT.PKL', help='A learner, written by learn.export(). Needs --trust.', show_default=False)]
-_Trust = Annotated[bool, typer.Option('--trust', help='Load the pickle, which runs the code in it. Only for files from people you trust.')]
+_Trust = _Flag('--trust', 'Load the pickle, which runs the code in it. Only for files from people you trust.')
 _Timm = Annotated[str|None, typer.Option('--timm', metavar='NAME', help='Instead of a learner: a model of timm, by name.')]
 _Weights = Annotated[Path|None, typer.Option('--weights', metavar='FILE', help='Its weights, .safetensors or .pth; no code in them is run.')]
 _Sample = Annotated[Path|None, typer.Option('--sample', metavar='IMAGE', help='Run the model on this image; by default on random numbers.')]
 _Keep = Annotated[list[str]|None, typer.Option('--keep', metavar='NAME', help='A module or method whose output stays as it is, as for embeddings. May be given again.')]
-_Force = Annotated[bool, typer.Option('--force', help='Overwrite outputs that exist. Inputs are never overwritten.')]
-_Json = Annotated[bool, typer.Option('--json', help='Print JSON.')]
+_Normalize = _Flag('--normalize', "Also fold the normalization of the learner's images, so that the model takes images as they are.")
+_Merge = _Flag('--merge-branches', 'First merge the branches of blocks that know how to, as RepVGG and MobileOne.')
+_Last = _Flag('--channels-last', 'Also use channels_last weights, if that is faster here.')
+_Dropout = _Flag('--strip-dropout', 'Also take out dropout, which does nothing at inference.')
+_Identity = _Flag('--strip-identity', 'Also take out the nn.Identity that a norm leaves, where nobody counts layers.')
+_Force = _Flag('--force', 'Overwrite outputs that exist. Inputs are never overwritten.')
+_Json = _Flag('--json', 'Print JSON.')
 _Output = Annotated[Path, typer.Option('-o', '--output', metavar='FILE', help='File to write.')]
 _Report = Annotated[Path|None, typer.Option('--report', metavar='FILE', help='Also write a report in HTML.')]
 _Batch = Annotated[int, typer.Option('--batch', min=2, help='Size of the batch to time, besides a single item.')]
@@ -105,10 +112,18 @@ def _plan_json(plan, **extra):
     norms = dict(found=len(plan.folded)+len(plan.kept), folded=len(plan.folded), kept=len(plan.kept))
     return json.dumps(extra|dict(norms=norms, layers=FoldReport(plan, (), ()).to_df().to_dict('records')), indent=1)
 
+# %% ../nbs/17_cli.ipynb #5a1c8001
+def _whole(subject):
+    "The learner of `subject`, for what only learners can do."
+    if subject.whole is subject.model: raise Stop('--normalize is for learners: a model of timm has no loaders that normalize.')
+    import fasterfold.learner # gives learners `fold_plan`, chkstyle: ignore
+    return subject.whole
+
 # %% ../nbs/17_cli.ipynb #444d5bbe
 @app.command(epilog=_examples('fasterfold plan export.pkl --trust', 'fasterfold plan export.pkl --trust --sample cat.png --json',
     'fasterfold plan export.pkl --trust --keep 0', 'fasterfold plan --timm resnet50 --weights resnet50.safetensors'))
-def plan(file:_File=None, trust:_Trust=False, timm:_Timm=None, weights:_Weights=None, sample:_Sample=None, keep:_Keep=None, as_json:_Json=False):
+def plan(file:_File=None, trust:_Trust=False, timm:_Timm=None, weights:_Weights=None, sample:_Sample=None, keep:_Keep=None,
+    normalize:_Normalize=False, merge_branches:_Merge=False, as_json:_Json=False):
     "Say which norms would be folded, where to, and why any stay. Writes nothing."
     with _steps(3) as step:
         step('Loading')
@@ -117,7 +132,8 @@ def plan(file:_File=None, trust:_Trust=False, timm:_Timm=None, weights:_Weights=
         x = subject.sample(sample)
         step('Planning')
         from fasterfold.fold import BN_Folder
-        with folding(): res = BN_Folder(keep=keep or ()).plan(subject.model, x)
+        options = dict(keep=keep or (), merge_branches=merge_branches)
+        with folding(): res = _whole(subject).fold_plan(x, normalize, **options) if normalize else BN_Folder(**options).plan(subject.model, x)
     typer.echo(_plan_json(res, input=str(file or weights)) if as_json else _show_plan(res))
 
 # %% ../nbs/17_cli.ipynb #ae9c255c
@@ -125,21 +141,28 @@ def _fold(
     subject:Subject, # Whose model to fold in place
     sample, # Its input
     step, # To tell what is being done
-    keep=None, # Names of parts whose output stays as it is
+    normalize:bool=False, # Also fold the normalization of a learner's loaders?
     batch:int=None, # Size of the batch to time; by default `sample` as it is
-):
+    **options # Of `BN_Folder`
+): # `FoldReport`, and an input of the folded model
     "Fold and verify the model of `subject`, and report."
     from fasterfold.fold import BN_Folder
     from fasterfold.report import report
     from fasterfold.state import copy_model,unwrap
     step('Folding and verifying')
-    model = unwrap(subject.model)
     with folding():
-        folder = BN_Folder(keep=keep or ())
-        original = copy_model(model)
-        folder.fold(model, sample, inplace=True)
+        if normalize:
+            from fasterfold.learner import Fold
+            fold = Fold(_whole(subject), sample, True, copied=True, **options)
+            original,folder,(sample,),subject.model = fold.original,fold.folder,fold.samples,subject.whole.model
+        else:
+            model,folder = unwrap(subject.model),BN_Folder(**options)
+            original = copy_model(model)
+            folder.fold(model, sample, inplace=True)
     step('Timing both')
-    return report(original, model, folder.result, sample.by_size(model, batch))
+    res = report(original, unwrap(subject.model), folder.result, sample.by_size(unwrap(subject.model), batch))
+    res.formats = folder.formats
+    return res,sample
 
 def _print_report(
     res, # `FoldReport`
@@ -155,7 +178,8 @@ def _print_report(
     'fasterfold fold --timm resnet50 --weights r50.safetensors -o folded.safetensors', 'A timm model is written as weights if the output is .safetensors '
     'or .pth, to be loaded by fold_like(timm.create_model(NAME), FILE); else whole, by torch.save.'))
 def fold(output:_Output, file:_File=None, trust:_Trust=False, timm:_Timm=None, weights:_Weights=None, sample:_Sample=None, keep:_Keep=None,
-    report:_Report=None, force:_Force=False, as_json:_Json=False):
+    normalize:_Normalize=False, merge_branches:_Merge=False,
+    channels_last:_Last=False, strip_dropout:_Dropout=False, strip_identity:_Identity=False, report:_Report=None, force:_Force=False, as_json:_Json=False):
     "Fold a model, verify, and write the result. The file is read back and verified too, and not written if that fails."
     check_outputs([output,report], [file,weights,sample], force)
     suffix = output.suffix.lower()
@@ -165,7 +189,8 @@ def fold(output:_Output, file:_File=None, trust:_Trust=False, timm:_Timm=None, w
         subject = open_model(file, trust, timm, weights)
         step('Making an input')
         x = subject.sample(sample)
-        res = _fold(subject, x, step, keep)
+        res,x = _fold(subject, x, step, normalize, keep=keep or (), merge_branches=merge_branches, channels_last='auto' if channels_last else False,
+            strip_dropout=strip_dropout, strip_identity=strip_identity)
         step('Writing and reading back')
         if timm is None: subject.whole.opt = None
         with new_files(output, report) as (out,page):
@@ -179,14 +204,16 @@ def fold(output:_Output, file:_File=None, trust:_Trust=False, timm:_Timm=None, w
 @app.command(epilog=_examples('fasterfold bench export.pkl --trust', 'fasterfold bench export.pkl --trust --sample cat.png --batch 64 --json',
     'fasterfold bench --timm resnet50 --weights resnet50.safetensors'))
 def bench(file:_File=None, trust:_Trust=False, timm:_Timm=None, weights:_Weights=None, sample:_Sample=None, keep:_Keep=None,
-    batch:_Batch=16, as_json:_Json=False):
+    normalize:_Normalize=False, merge_branches:_Merge=False,
+    channels_last:_Last=False, strip_dropout:_Dropout=False, strip_identity:_Identity=False, batch:_Batch=16, as_json:_Json=False):
     "Time a model on this CPU before and after folding, in turns. Writes nothing."
     with _steps(4) as step:
         step('Loading')
         subject = open_model(file, trust, timm, weights)
         step('Making an input')
         x = subject.sample(sample)
-        res = _fold(subject, x, step, keep, batch)
+        res,_ = _fold(subject, x, step, normalize, batch, keep=keep or (), merge_branches=merge_branches, channels_last='auto' if channels_last else False,
+            strip_dropout=strip_dropout, strip_identity=strip_identity)
     _print_report(res, as_json=as_json, input=str(file or weights))
 
 # %% ../nbs/17_cli.ipynb #db4b5466

@@ -127,7 +127,7 @@ class BN_Folder:
         channels_last:bool|str=False, # Also use channels_last weights? 'auto' measures both and keeps the faster
         verify:bool=True, # Run the folded model and compare? Costs two forward passes
         store_weights:bool=True, # Also compute weights once that are computed at every call, as standardized and parametrized ones are?
-        keep:list=(), # Modules whose outputs stay as they are, by name or as such, and methods by name: more norms may stay then
+        keep:str|nn.Module|list|tuple=(), # Modules whose outputs stay as they are, by name or as such, and methods by name: more norms may stay then
         strip_unused:bool=False, # Also replace what runs on no sample, such as auxiliary heads, by modules without weights, which cannot run?
     ):
         store_attr()

@@ -2,8 +2,8 @@
 import importlib, inspect, json, os, pickle, re, shutil, subprocess, sys, zipfile
 from pathlib import Path
 import pytest, torch, timm
-from fastai.vision.all import (ConvLayer,CrossEntropyLossFlat,ImageDataLoaders,Learner,ResBlock,Resize,accuracy,create_head,get_image_files,
-    load_learner,set_seed)
+from fastai.vision.all import (ConvLayer,CrossEntropyLossFlat,ImageDataLoaders,Learner,Normalize,ResBlock,Resize,accuracy,create_head,get_image_files,
+    imagenet_stats,load_learner,set_seed)
 from torch import nn
 from typer.testing import CliRunner
 from safetensors.torch import save_model
@@ -113,6 +113,40 @@ def test_plan(box):
     assert ['norm','plan','into','/','because'] in rows
     assert ['0.0.1','folded','back','0.0.0'] in rows
     assert tree(box)==before
+
+def test_a_part_is_kept(box):
+    res = call('plan', box/'export.pkl', '--trust', '--keep', '1', '--keep', '0.0')
+    assert res.exit_code==0 and res.stdout.startswith('6 of 6 norms fold'), res.output
+    for name in ('0.0.0','0.0.1'): assert call('plan', box/'export.pkl', '--trust', '--keep', name).exit_code==0
+    assert "`keep` asks for what `0.0.0` returns" in call('plan', box/'export.pkl', '--trust', '--keep', '0.0.0').stdout
+    assert_refused(call('plan', box/'export.pkl', '--trust', '--keep', 'body'), "`keep='body'`", code=1)
+
+def test_normalization_goes_along(box):
+    "Into the file; whoever loads it predicts the same, and the loaders normalize no more."
+    learn = load_learner(box/'export.pkl')
+    learn.path = box
+    for dl in learn.dls.loaders: dl.after_batch.add(Normalize.from_stats(*imagenet_stats, cuda=False))
+    learn.export('normalizing.pkl')
+    want = learn.predict(box/'image.png')
+    plan = call('plan', box/'normalizing.pkl', '--trust', '--normalize')
+    assert plan.exit_code==0 and 'normalize  kept' in re.sub(' +', '  ', plan.stdout) and 'no longer normalize' in plan.stdout, plan.output
+    for sample in ([],['--sample', box/'image.png']):
+        res = call('fold', box/'normalizing.pkl', '-o', box/'raw.pkl', '--trust', '--normalize', '--force', *sample)
+        assert res.exit_code==0 and 'read back' in res.stdout, res.output
+        new = load_learner(box/'raw.pkl')
+        got = new.predict(box/'image.png')
+        assert got[0]==want[0] and distance([got[2]], [want[2]])<1e-4
+        assert not [f for dl in new.dls.loaders for f in dl.after_batch.fs if isinstance(f, Normalize)] and type(new.model.normalize) is nn.BatchNorm2d
+    assert call('bench', box/'normalizing.pkl', '--trust', '--normalize', '--batch', '2').exit_code==0
+    assert_refused(call('fold', box/'export.pkl', '-o', box/'none.pkl', '--trust', '--normalize'), 'have no `Normalize`', code=1)
+    assert not (box/'none.pkl').exists()
+
+def test_options_of_a_folder(box):
+    res = call('fold', box/'export.pkl', '-o', box/'folded.pkl', '--trust', '--strip-dropout', '--strip-identity', '--channels-last', '--sample', box/'image.png')
+    assert res.exit_code==0 and 'Memory format' in res.stdout, res.output
+    model = load_learner(box/'folded.pkl').model
+    assert not [m for m in model.modules() if isinstance(m, nn.Dropout)] and [*model[0]._modules]==['0','2','3']
+    assert load_learner(box/'folded.pkl').predict(box/'image.png')[0]==load_learner(box/'export.pkl').predict(box/'image.png')[0]
 
 def test_plan_json(box):
     res = json.loads(call('plan', box/'export.pkl', '--trust', '--sample', box/'image.png', '--json').stdout)

@@ -2,13 +2,13 @@
 import subprocess, sys
 from pathlib import Path
 import pytest, timm, torch
-from fastai.vision.all import (CategoryBlock,DataBlock,DataLoaders,DiceMulti,ImageBlock,Learner,L,MaskBlock,Normalize,PILImageBW,RandomSplitter,Resize,SimpleCNN,TensorImage,accuracy,
+from fastai.vision.all import (CategoryBlock,DataBlock,DiceMulti,ImageBlock,Learner,MaskBlock,Normalize,PILImageBW,RandomSplitter,SimpleCNN,accuracy,
     aug_transforms,imagenet_stats,load_learner,resnet18,unet_learner,vision_learner)
 from torch import nn
 from fasterfold.all import FoldCallback,FoldError
 from fasterfold.proof import distance
 from helpers import randomize_norms
-from learners import DIGITS,image,images,label,mask
+from learners import image,images,label,mask
 from test_unfold import everything,fit,same
 
 pytestmark = pytest.mark.filterwarnings('ignore:load_learner')
@@ -145,6 +145,6 @@ def test_what_is_refused(tmp_path):
         assert same(everything(learn), before)
     refused(Learner(images(tmp_path, CategoryBlock), SimpleCNN([3,8,10])), 'have no `Normalize`')
     refused(Learner(rgb(tmp_path, Own.from_stats(*imagenet_stats, cuda=False)), SimpleCNN([3,8,10])), 'no fixed map')
-    both = DataBlock((ImageBlock,ImageBlock), getters=[image,image], splitter=RandomSplitter(.3, seed=0), batch_tfms=normalizing()).dataloaders(range(20), bs=4, num_workers=0, device='cpu')
-    refused(Learner(both, nn.Conv2d(3, 3, 3, padding=1), loss_func=nn.MSELoss()), 'targets')
+    both = DataBlock((ImageBlock,ImageBlock), getters=[image,image], splitter=RandomSplitter(.3, seed=0), batch_tfms=normalizing())
+    refused(Learner(both.dataloaders(range(20), bs=4, num_workers=0, device='cpu'), nn.Conv2d(3, 3, 3, padding=1), loss_func=nn.MSELoss()), 'targets')
     with pytest.raises(FoldError, match='True or False'): trained(tmp_path).fold_bn(normalize='yes')
