@@ -230,6 +230,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'fasterfold.fold._evaluated': ('fold.html#_evaluated', 'fasterfold/fold.py'),
                                  'fasterfold.fold._format': ('fold.html#_format', 'fasterfold/fold.py'),
                                  'fasterfold.fold._list_buffers': ('fold.html#_list_buffers', 'fasterfold/fold.py'),
+                                 'fasterfold.fold._listed': ('fold.html#_listed', 'fasterfold/fold.py'),
                                  'fasterfold.fold._merge': ('fold.html#_merge', 'fasterfold/fold.py'),
                                  'fasterfold.fold._modes': ('fold.html#_modes', 'fasterfold/fold.py'),
                                  'fasterfold.fold._part': ('fold.html#_part', 'fasterfold/fold.py'),

@@ -32,6 +32,12 @@ _yes_no = True,False
 _values = dict(strip_dropout=_yes_no, strip_identity=_yes_no, merge_branches=_yes_no, channels_last=(*_yes_no,'auto'), verify=_yes_no, # what each option may be
     store_weights=_yes_no, strip_unused=_yes_no)
 
+def _listed(keep):
+    "The option `keep` as a list. Raises `FoldError` if it is none of names and modules."
+    res = [keep] if isinstance(keep, (str,nn.Module)) else [*keep] if isinstance(keep, (list,tuple,set)) else [None]
+    if all(isinstance(k, (str,nn.Module)) for k in res): return res
+    raise FoldError(f"`keep` is a list of modules or names, and not {shorten(repr(keep), 60, placeholder=' …')}.")
+
 def _check_option(k, v):
     "Raise `FoldError` if the option `k` cannot be `v`."
     *most,last = map(repr, _values[k])
@@ -72,7 +78,7 @@ def _part(model, k):
     near = get_close_matches(k, [n for n,_ in model.named_modules()], 3)
     raise FoldError(f"`keep='{k}'`: the model has no module and no method of that name" + (f"; is it {' or '.join(f'`{n}`' for n in near)}?" if near else '.'))
 
-def _parts(model, keep): return tuple(dict.fromkeys(n for k in keep if (n := _part(model, k)))) # what the model itself returns stays anyway
+def _parts(model, keep): return tuple(dict.fromkeys(n for k in _listed(keep) if (n := _part(model, k)))) # what the model itself returns stays anyway
 
 def _check_parts(cover):
     "Raise `FoldError` if a module that shall be kept did not run."
@@ -131,13 +137,12 @@ class BN_Folder:
         strip_unused:bool=False, # Also replace what runs on no sample, such as auxiliary heads, by modules without weights, which cannot run?
     ):
         store_attr()
-        self.keep = [keep] if isinstance(keep, (str,nn.Module)) else [*keep] if isinstance(keep, (list,tuple,set)) else [None]
         for k in _values: _check_option(k, getattr(self, k))
-        if not all(isinstance(k, (str,nn.Module)) for k in self.keep): raise FoldError(f"`keep` is a list of modules or names, and not {shorten(repr(keep), 60, placeholder=' …')}.")
+        _listed(keep)
         self.result,self.formats,self._undo,self._last,self._whole,self._more = None,{},[],None,None,{}
 
     def __repr__(self):
-        keep = [k if isinstance(k, str) else type(k).__name__ for k in self.keep]
+        keep = [k if isinstance(k, str) else type(k).__name__ for k in _listed(self.keep)]
         return f"{type(self).__name__}({', '.join([*[f'{k}={getattr(self, k)!r}' for k in _values], f'keep={keep}'])})"
     def __getstate__(self): return vars(self) | dict(_undo=[], _last=None, _whole=None, _more={}) # the model it folded stays here
 
