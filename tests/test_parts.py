@@ -178,7 +178,7 @@ def test_parts_with_other_options(tmp_path):
     from fasterfold.all import FoldCallback
     learn = KINDS['plain_learner'](tmp_path)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2, cbs=FoldCallback(keep='0'))
-    assert '0' not in learn._past.folders[0].result.changed
+    assert '0' not in learn._past.folders[0].plan.changed
     m,x = coder(),torch.randn(2, 3, 8, 8, dtype=torch.float64)
     m.spare = nn.Linear(9, 9)
     f = (folder := BN_Folder(keep=['encode','enc.2'], strip_identity=True, strip_unused=True)).fold(m, x)
