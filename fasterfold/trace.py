@@ -417,15 +417,19 @@ def hooked(self:Tracer):
         for h in handles: h.remove()
 
 # %% ../nbs/04_trace.ipynb #5a1c5011
-def _required(f): return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY,p.POSITIONAL_OR_KEYWORD) for p in inspect.signature(f).parameters.values())
+def _required(f):
+    "How many arguments `f` must be given by position, None if nobody says."
+    try: ps = inspect.signature(f).parameters.values()
+    except (TypeError,ValueError): return
+    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY,p.POSITIONAL_OR_KEYWORD) for p in ps)
 
 def _methods(model):
     "The methods of its own by which `model` can be called as by `forward`: name to function."
-    res = {}
+    res,n = {},_required(type(model).forward)
     for c in type(model).__mro__[:type(model).__mro__.index(nn.Module)]:
         if not c.__module__.startswith('torch.'): res = vars(c)|res
     return {k:f for k,f in res.items() if isinstance(f, FunctionType) and k[0]!='_' and not hasattr(nn.Module, k) and k not in vars(model)
-        and _required(f)==_required(type(model).forward)}
+        and n is not None and _required(f)==n}
 
 @patch
 @contextmanager

@@ -1,5 +1,6 @@
 "Parts of a folded model: which of them return other values than before, and those that shall not."
 import re
+from functools import partial
 import pytest, timm, torch, torchvision
 from fastai.vision.all import CategoryBlock,Resize,vision_learner
 from torch import nn
@@ -151,6 +152,18 @@ def test_parts_of_a_wrapped_model(wrap):
     for keep in ('encode',m.enc): assert len((folder := BN_Folder(keep=keep)).plan(wrap(m), x).folded)==2
     folder.fold(wrap(m), x, inplace=True)
     assert distance([m.encode(x)], [before])<1e-12 and count_norm_calls(m, x)==1
+
+class Unsigned:
+    "A function of which nobody knows what it takes."
+    __signature__ = 'none'
+    def __init__(self, f): self.f = f
+    def __get__(self, o, cls=None): return self if o is None else partial(self.f, o)
+    def __call__(self, *args): return self.f(*args)
+
+def test_a_forward_without_a_signature():
+    class Odd(Coder): forward = Unsigned(Coder.forward)
+    m,x = randomize_norms(Odd()).double(),torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    assert len(BN_Folder().plan(m, x).folded)==3 and len(BN_Folder(keep='enc').plan(m, x).folded)==2
 
 def test_the_model_itself_is_kept_anyway():
     m,x = coder(),torch.randn(2, 3, 8, 8, dtype=torch.float64)
