@@ -210,7 +210,7 @@ def test_layers_for_training_do_no_harm():
     assert names_of(folder.result.folded)==['norm']
 
 def test_plan_and_fold_agree():
-    for name in ('set_of_another_size','pad_to_a_multiple','gain_as_argument','relation_without_edges','domain','truth_as_argument','way_with_its_own_norm'):
+    for name in ('set_of_another_size','pad_to_a_multiple','gain_as_argument','relation_without_edges','truth_as_argument','way_with_its_own_norm'):
         model,x,_ = situations()[name]
         folder = BN_Folder()
         plan = folder.plan(randomize_norms(model), x)
