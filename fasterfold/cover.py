@@ -329,6 +329,4 @@ def describe(
     if lost: res.append(f"Not followed: sizes that become plain numbers ({_at(lost)}).")
     missing = [f'`{n}`' for n,v in not_given(cover.model, cover.main.sample).items() if not neighbours(v)]
     if missing: res.append(f"Not covered: the model with {_listed(missing)}, which no sample has.")
-    other = [t for t in cover.trials if t.traced and not same_edits(t.plan, cover.main.plan)] if how=='Traced' else []
-    if other: res.append(f"Other norms would fold on inputs of {_listed(map(str, other))}: folding proves which may.")
     return res

@@ -217,7 +217,7 @@ def test_plan_and_fold_agree():
         folder.fold(model, x)
         assert plan.rows()==folder.result.rows(), name
     model,x,_ = situations()['domain']
-    assert 'Other norms would fold on inputs of (1,3,19,25) with 1 instead of 0' in ' '.join(BN_Folder().plan(randomize_norms(model), x).covers)
+    assert 'where `norms.1` (BatchNorm2d) runs instead of `norms.0` (BatchNorm2d)' in reason(BN_Folder().plan(randomize_norms(model), x), 'norms.0')
 
 def test_sizes_that_remember_stay_inside():
     "What a model keeps of a size is a plain number afterwards."
