@@ -16,7 +16,7 @@ from fastcore.basics import patch, store_attr
 from torch import nn
 from torch.utils.benchmark import Timer
 from .constants import computing, explained, storable, store_weights, told_by_reason
-from .cover import Cover, describe, difference, same_edits, widen
+from .cover import Cover, describe, on_inputs, same_edits, widen
 from .edit import Snapshot, apply_plan, by_name
 from .interrupt import check, interruptible, whole
 from .plan import FoldPlan, plan_folds
@@ -336,8 +336,9 @@ def _uses_what_was_written(target, trial, apart):
 @patch
 def _proved(self:BN_Folder, target, cover):
     "Fold what can be proved. The plan."
-    main,exclude = cover.main,{}
+    main = cover.main
     if self.verify and (main.plan.folded or self.strip_identity): widen(cover)
+    exclude = dict(main.exclude)
     tests,plan = _tests(cover) if self.verify else [],main.plan
     while not tests and plan.apart and _uses_what_was_written(target, main, plan.apart):
         exclude |= {k:f"`{main.graph.modules[m][0]}` ({type(m).__name__}) writes in place to what is still needed afterwards" for m,ks in plan.apart.items() for k in ks}
@@ -432,8 +433,7 @@ def _at_fault(
     if proof.error: return f"the folded model does not run ({shorten(proof.error, 160, placeholder=' …')})"
     far = proof.exact is None or not 1e3*proof.exact<proof.folded
     if not far and proof.folded==float('inf'): return "rounding would change integers, sizes or overflows of what the model returns"
-    where = '' if proof.on is main else f" on inputs of {proof.on}" + (f', where {way}' if (way := difference(main, proof.on)) else '')
-    return f"the folded model did not compute the same{where}" if far else f"rounding would put it {proof.folded:.0e} off, and the original is {proof.own:.0e} off"
+    return "the folded model did not compute the same"+('' if proof.on is main else f" {on_inputs(main, proof.on)}") if far else f"rounding would put it {proof.folded:.0e} off, and the original is {proof.own:.0e} off"
 
 @patch
 def _blame(self:BN_Folder, target, cover, exclude, tests, plan):

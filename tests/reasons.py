@@ -136,7 +136,7 @@ def made_by(s, label): return [v for v in s.values if v.op is not None and v.op.
 def own_statistics(o): return o.args.get('running_mean') is None or o.args.training
 def norm_ops(n): return [o for o in n.own if 'batch_norm' in o.name]
 
-_same = "failed verification: the folded model did not compute the same"
+_same = "(?:failed verification: the folded model did not compute the same|its fold would be wrong)"
 FORMS = { # all other reasons: what must hold of the `Around` and the `Side`
     "the model returns what lies in between": lambda n,s: any(v.is_output and not v.is_leaf for v in s.values),
     "the model returns `([^`]+)`": lambda n,s,w: lent(n, s, w).is_output,
