@@ -416,6 +416,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fasterfold.program._name_of': ('program.html#_name_of', 'fasterfold/program.py'),
                                     'fasterfold.program._out_of_place': ('program.html#_out_of_place', 'fasterfold/program.py'),
                                     'fasterfold.program._place': ('program.html#_place', 'fasterfold/program.py'),
+                                    'fasterfold.program._plain': ('program.html#_plain', 'fasterfold/program.py'),
                                     'fasterfold.program._put': ('program.html#_put', 'fasterfold/program.py'),
                                     'fasterfold.program._results': ('program.html#_results', 'fasterfold/program.py'),
                                     'fasterfold.program._stays': ('program.html#_stays', 'fasterfold/program.py'),

@@ -209,10 +209,12 @@ def lift(
     model.recompile()
     return l
 
-# %% ../nbs/10_program.ipynb #aa6980c0
+# %% ../nbs/10_program.ipynb #15073d5d
+def _plain(n): return n.node.hint if isinstance(n, torch.SymInt) else n # to ask it for an `int` would fix it
+
 def _made_up(v):
-    if not isinstance(v, Tensor): return int(v) if isinstance(v, torch.SymInt) else v
-    size = [int(n) for n in v.shape]
+    if not isinstance(v, Tensor): return _plain(v)
+    size = [*map(_plain, v.shape)]
     return torch.randn(size).to(v.dtype) if v.is_floating_point() else torch.zeros(size, dtype=v.dtype)
 
 def inputs_of(
