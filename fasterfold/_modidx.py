@@ -405,6 +405,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fasterfold.program._Unheard.forward': ('program.html#_unheard.forward', 'fasterfold/program.py'),
                                     'fasterfold.program._call_instead': ('program.html#_call_instead', 'fasterfold/program.py'),
                                     'fasterfold.program._called': ('program.html#_called', 'fasterfold/program.py'),
+                                    'fasterfold.program._drop_unread': ('program.html#_drop_unread', 'fasterfold/program.py'),
                                     'fasterfold.program._fresh': ('program.html#_fresh', 'fasterfold/program.py'),
                                     'fasterfold.program._give_bias': ('program.html#_give_bias', 'fasterfold/program.py'),
                                     'fasterfold.program._given': ('program.html#_given', 'fasterfold/program.py'),

@@ -224,6 +224,7 @@ def _fold_program(self:BN_Folder, program, sample, samples, inplace=False):
     self.fold(l.model, inputs_of(l) if sample is None and samples is None else sample, inplace=True, samples=samples)
     plan,self._undo,self._last = self.result,[],None
     plan.kept,plan.changed = [k for k in plan.kept if k.norm]+l.kept,[] # what has no name are calls that were not lifted
+    plan.notes = [o for o in plan.notes if not o.startswith('Weights are computed')] # in no layer, but in the graph
     return lower(l),plan
 
 # %% ../nbs/11_fold.ipynb #5a1c0f34

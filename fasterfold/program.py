@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves, tree_unflatten
 from .find import Kept
 from .sample import Sample
+from .state import FoldError
 
 # %% ../nbs/10_program.ipynb #d0c5d503
 def _called(n):
@@ -144,7 +145,9 @@ def _place(l, name, own):
 # %% ../nbs/10_program.ipynb #ca7cbc1c
 def _lift_norm(l, n, made):
     name,given = _name_of(n),_given(n)
-    if why := _stays(l, n): return l.kept.append(Kept(name, why))
+    if why := _stays(l, n):
+        l.kept.append(Kept(name, why))
+        return
     own = {k:given[k] and given[k].target for k in _parts}
     key = n.target,*own.values(),*n.args[5:]
     if key not in made:
@@ -189,7 +192,19 @@ def _lift_act(l, n):
 
 
 
-# %% ../nbs/10_program.ipynb #d83e1642
+# %% ../nbs/10_program.ipynb #48366357
+def _drop_unread(l):
+    "Let the model read no weight that it does not use, and have none that it does not read."
+    nodes = l.model.graph.find_nodes(op='get_attr')
+    for n in nodes:
+        if not n.users: l.model.graph.erase_node(n)
+    read = {n.target for n in nodes if n.users}
+    for k in l.held.keys()-read:
+        owner,_,k = k.rpartition('.')
+        if not isinstance(m := l.model.get_submodule(owner), GraphNorm):
+            for held in m._parameters,m._buffers: held.pop(k, None)
+    l.model.recompile()
+
 def lift(
     program, # An exported program, or the module of one; it is not changed
 )->Lifted: # Its `model` is a copy
@@ -197,16 +212,16 @@ def lift(
     model = copy.deepcopy(program.module() if isinstance(program, ExportedProgram) else program)
     model.meta['lifted'] = True
     l,norms,biases = Lifted(program, model, dict([*model.named_parameters(remove_duplicate=False),*model.named_buffers(remove_duplicate=False)])),{},{}
-    for m in [m for m in model.modules() if isinstance(m, GraphModule) and m is not model]:
-        l.kept += [Kept(_name_of(n), "it is in a branch of the graph") for n in m.graph.nodes if _is_norm(n)]
+    for n in model.graph.nodes:
+        if isinstance(n.target, torch._ops.HigherOrderOperator): raise FoldError(f"The program calls `{n.target.name()}`, which runs a graph inside its graph, and only one "
+            "that is flat can be folded. Fold the model that it was exported from, or export it without branches, loops and contexts such as `autocast`.")
     if hasattr(model, '_guards_fn'): model._guards_fn = _Unheard(model._guards_fn)
     for n in [*model.graph.nodes]:
         if _is_norm(n): _lift_norm(l, n, norms)
         elif _called(n) in _biased: _lift_bias(l, n, biases)
         elif _called(n).endswith('_'): _lift_act(l, n)
         elif _called(n)=='_assert_tensor_metadata': model.graph.erase_node(n) # which would not let it run in float64
-    for n in [n for n in model.graph.nodes if n.op=='get_attr' and not n.users]: model.graph.erase_node(n) # to read a weight is to ask for it
-    model.recompile()
+    _drop_unread(l)
     return l
 
 # %% ../nbs/10_program.ipynb #15073d5d
