@@ -5,7 +5,7 @@ the wheel, so the repository has none to keep up to date. Methods of fastai's `L
 import ast
 from pathlib import Path
 
-kept = 'property','classmethod','staticmethod','contextmanager','dataclass'
+kept = 'property','classmethod','staticmethod','contextmanager','block','dataclass'
 _any = ast.Name('Any')
 
 def _name(o): return getattr(o, 'id', getattr(o, 'attr', ''))
@@ -35,7 +35,7 @@ def function(
         f.returns = _any if gives else ast.Constant(None)
     as_prop = _patch(f) and any(k.arg=='as_prop' for k in getattr(_patch(f), 'keywords', []))
     f.decorator_list = [ast.Name('property')] if as_prop else [o for o in f.decorator_list if _decorator(o) in kept]
-    if any(_decorator(o)=='contextmanager' for o in f.decorator_list): f.decorator_list,f.returns = [],ast.Subscript(ast.Name('AbstractContextManager'), _any)
+    if any(_decorator(o) in ('contextmanager','block') for o in f.decorator_list): f.decorator_list,f.returns = [],ast.Subscript(ast.Name('AbstractContextManager'), _any)
     doc = ast.get_docstring(f, clean=False)
     f.body = [ast.Expr(ast.Constant(doc if doc else ...))]
     return f

@@ -7,17 +7,18 @@ __all__ = ['app', 'folding', 'plan', 'fold', 'bench', 'digit_images', 'demo_lear
 
 # %% ../nbs/17_cli.ipynb #2ef90f84
 import json, logging, sys, tempfile, time, warnings
-from contextlib import contextmanager,nullcontext,redirect_stdout
+from contextlib import contextmanager,redirect_stdout
 from pathlib import Path
 from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn,MofNCompleteColumn,Progress,TextColumn,TimeElapsedColumn
 from typer.core import TyperGroup
-from .files import WEIGHTS,Stop,Subject,check_outputs,new_file,open_model,write_folded
+from .files import WEIGHTS,Stop,Subject,check_outputs,new_files,open_model,write_folded,written
+from .interrupt import block
 
 # %% ../nbs/17_cli.ipynb #f1bde815
-@contextmanager
+@block
 def _quiet():
     "Show no warnings, unless Python was told to."
     if sys.warnoptions: return (yield)
@@ -31,11 +32,15 @@ def _quiet():
 class _Group(TyperGroup):
     "Shows what stops a command as one line."
     def invoke(self, ctx):
+        written.clear()
         try:
             with _quiet(): return super().invoke(ctx)
         except Stop as e:
             typer.echo(f'fasterfold: {e}', err=True)
             raise typer.Exit(e.code)
+        except KeyboardInterrupt:
+            typer.echo(f"fasterfold: Interrupted{f' after {names} had been written' if (names := ' and '.join(map(str, written))) else ': nothing was written'}.", err=True)
+            raise typer.Exit(130)
 
 # %% ../nbs/17_cli.ipynb #b851a7cf
 @contextmanager
@@ -46,7 +51,7 @@ def folding():
     except FoldError as e: raise Stop(e, code=1) from e
 
 # %% ../nbs/17_cli.ipynb #326089a3
-@contextmanager
+@block
 def _steps(
     total:int, # How many steps there will be
 ):
@@ -68,7 +73,7 @@ def _print_version(wanted:bool):
 
 _Version = Annotated[bool, typer.Option('--version', callback=_print_version, is_eager=True, help='Print the version, and do nothing else.')]
 
-@app.callback(epilog='Exit codes: 0 all done; 1 the model cannot be folded, or the result failed verification; 2 an input is of no use. Only 0 writes files.')
+@app.callback(epilog='Exit codes: 0 all done; 1 the model cannot be folded, or the result failed verification; 2 an input is of no use; 130 it was interrupted by Ctrl-C. Only 0 writes files, or 130 if it says so.')
 def _about(version:_Version=False): "Fold the normalization layers of trained models into the layers around them, and prove that nothing changed."
 
 def _examples(*lines):
@@ -163,7 +168,7 @@ def fold(output:_Output, file:_File=None, trust:_Trust=False, timm:_Timm=None, w
         res = _fold(subject, x, step, keep)
         step('Writing and reading back')
         if timm is None: subject.whole.opt = None
-        with new_file(output) as out, (new_file(report) if report else nullcontext()) as page:
+        with new_files(output, report) as (out,page):
             write_folded(subject, out, suffix, x)
             if page: res.save(page)
     size = output.stat().st_size
@@ -219,6 +224,13 @@ def _same_predictions(learn, preds, file):
     got,targs = torch.load(file, map_location=learn.dls.device, weights_only=False).get_preds(dl=learn.dls.valid)
     return (got.argmax(1)==preds).sum().item(), (got.argmax(1)==targs).sum().item()
 
+# %% ../nbs/17_cli.ipynb #5a1c5102
+@block
+def _apart():
+    "A folder for a while, in which time all that is printed goes to stderr."
+    with tempfile.TemporaryDirectory() as tmp, redirect_stdout(sys.stderr): yield Path(tmp)
+
+
 # %% ../nbs/17_cli.ipynb #a62b6419
 @app.command(epilog=_examples('fasterfold demo', 'fasterfold demo --data ~/images -o images.pkl'))
 def demo(data:_Data=None, output:_Output=Path('folded.pkl'), force:_Force=False, as_json:_Json=False):
@@ -226,8 +238,8 @@ def demo(data:_Data=None, output:_Output=Path('folded.pkl'), force:_Force=False,
     start = time.perf_counter()
     check_outputs([output], [], force)
     if data is not None and not data.is_dir(): raise Stop(f'{data} is not a folder: give one that has a folder of images for each class.')
-    with tempfile.TemporaryDirectory() as tmp, redirect_stdout(sys.stderr):
-        learn = demo_learner(data or digit_images(Path(tmp)))
+    with _apart() as tmp:
+        learn = demo_learner(data or digit_images(tmp))
         n = len(learn.dls.valid_ds)
         print(f'Training a ResNet-18 on {len(learn.dls.train_ds):,} images of {len(learn.dls.vocab)} classes; {n:,} others are for validation.')
         try: learn.fit_one_cycle(2, 5e-3)
@@ -237,7 +249,7 @@ def demo(data:_Data=None, output:_Output=Path('folded.pkl'), force:_Force=False,
         right = (preds==targs).sum().item()
         print('Folding it, and measuring before and after.')
         with folding(): res = learn.fold()
-        with new_file(output) as file:
+        with new_files(output) as (file,):
             learn.export(file.resolve())
             same,after = _same_predictions(learn, preds, file)
             if same<n: raise Stop(f'{output} was not written: it predicts another class for {n-same:,} of {n:,} images.', code=1)

@@ -14,6 +14,7 @@ from torch import nn, Tensor
 from torch.nn.utils import parametrize
 from fastcore.basics import patch
 from .edit import by_name, looks_as_before, mark, put
+from .interrupt import check
 from .plan import Stored
 from .state import Structure, own_modes, preserved
 from .trace import Graph, Value, made_of, user_hooks
@@ -304,6 +305,7 @@ def candidates(self:Storing):
     "Layers that need not compute their weights, and for each that must, why."
     res,why = [],{}
     for m in self.calls:
+        check()
         self.memo.clear() # all that leads to a weight is as large as it
         names,torchs = self.graph.modules[m],_bare(m).__module__.startswith('torch.nn.')
         for way in [self.plain_for]*(not torchs or not is_wrapped(m)) + [self.weights_of]*is_wrapped(m):

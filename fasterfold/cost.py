@@ -15,6 +15,7 @@ from functools import partial
 from fastprogress import progress_bar
 from torch import nn
 from torch.utils.benchmark import Timer
+from .interrupt import interruptible, whole
 from .sample import Sample
 from .state import clock, preserved, tensors_in
 from .table import html_table, styled, text_table
@@ -103,6 +104,7 @@ class Comparison(dict):
     def _repr_html_(self): return styled(html_table(self._table))
 
 # %% ../nbs/13_cost.ipynb #f72c7de8
+@whole
 def compare(
     models:dict, # Modules, or anything callable, by name; the first is the base
     sample=None, # Their input: a tuple is positional arguments, a dict keyword arguments, anything else one argument
@@ -126,10 +128,10 @@ def compare(
         for m in models.values():
             if isinstance(m, nn.Module): stack.enter_context(preserved(m, partial(sample.call, m)))
         # the first call of each also sets up whatever PyTorch sets up once
-        slowest = max(t.blocked_autorange(min_run_time=0).median for t in timers.values())
+        slowest = max(interruptible(t.blocked_autorange, min_run_time=0).median for t in timers.values())
         n = min(max(int(seconds/slowest/2), 3), 10)
         for i in progress_bar(range(n), leave=False) if progress else range(n):
-            for k in list(models)[::(-1)**i]: turns[k].append(timers[k].blocked_autorange(min_run_time=seconds/n).times)
+            for k in list(models)[::(-1)**i]: turns[k].append(interruptible(timers[k].blocked_autorange, min_run_time=seconds/n).times)
     return Comparison((k, Latency(k, o, threads, device)) for k,o in turns.items())
 
 # %% ../nbs/13_cost.ipynb #e4ed0b21
@@ -152,6 +154,7 @@ def _meter(device):
             if m.memory_allocated(device) and m.max_memory_allocated(device): return m
         except (AttributeError,NotImplementedError,RuntimeError,ValueError): pass # not for this one
 
+@whole
 def peak_memory(
     model:nn.Module, # A module on a GPU
     sample, # Its input
@@ -163,10 +166,10 @@ def peak_memory(
     meter = _meter(device)
     if meter is None: return None
     with preserved(model, partial(sample.call, model)):
-        model(*args, **kwargs) # what libraries allocate once belongs to neither model
+        interruptible(model, *args, **kwargs) # what libraries allocate once belongs to neither model
         clock(device)
         base = meter.memory_allocated(device)
         meter.reset_peak_memory_stats(device)
-        model(*args, **kwargs)
+        interruptible(model, *args, **kwargs)
         clock(device)
         return meter.max_memory_allocated(device)-base+model_size(model)

@@ -18,6 +18,7 @@ from torch.utils.benchmark import Timer
 from .constants import computing, explained, storable, store_weights, told_by_reason
 from .cover import Cover, describe, difference, same_edits, widen
 from .edit import Snapshot, apply_plan, by_name
+from .interrupt import check, interruptible, whole
 from .plan import FoldPlan, plan_folds
 from .program import inputs_of, is_program, lift, lower
 from .proof import Proof, compare_runs, distance, eps_of, largest, prove, run_as, to_double
@@ -41,6 +42,7 @@ def _check_option(k, v):
 # %% ../nbs/11_fold.ipynb #5a1c0f12
 def _public(f):
     "`f` in normal mode, since a tensor made in inference mode can never be trained again; whatever goes wrong inside is a `FoldError`."
+    @whole
     @wraps(f)
     def _f(*args, **kwargs):
         try:
@@ -156,12 +158,14 @@ class BN_Folder:
         samples = _samples(model, sample, samples, _parts(model, self.keep))
         if self.merge_branches: _merge(model:=copy_model(model), samples[0])
         _check_parts(cover := Cover(model, samples, trace))
-        was = Structure(model) if self.strip_unused or self.store_weights and computing(cover.main.graph) else None
-        try: cover = widen(self._ready(model, cover))
+        was,more = Structure(model) if self.strip_unused or self.store_weights and computing(cover.main.graph) else None,self._more
+        try:
+            plan = self._told(widen(cover := self._ready(model, cover)).main.plan)
+            plan.covers = describe(cover, 'Traced')
+            return plan
         finally:
             if was: was.restore()
-        cover.main.plan.covers = describe(cover, 'Traced')
-        return self._told(cover.main.plan)
+            self._more = more # of the model that was folded last
 
     @_public
     def fold(self,
@@ -176,7 +180,7 @@ class BN_Folder:
         parts = _parts(target, self.keep)
         if not inplace: target = copy_model(target)
         with self._all_or_nothing(target):
-            self._undo,self._last,self.formats = [],None,{}
+            self._last,self.formats = None,{}
             self.result = self._fold(target, _samples(target, sample, samples, parts))
         self._whole = model if inplace else target
         _list_buffers(self._whole)
@@ -231,13 +235,16 @@ def _fold_program(self:BN_Folder, program, sample, samples, inplace=False):
 @patch
 @contextmanager
 def _all_or_nothing(self:BN_Folder, target):
-    "What folds `target` inside sees it in eval mode, and can be undone; on any exception, `target` is as it was."
-    snap = Snapshot(target)
+    "What folds `target` inside sees it in eval mode, and can be undone; on any exception, `target` is as it was, and so is the folder."
+    snap,before = Snapshot(target),vars(self).copy()
+    self._undo = []
     try:
         with _evaluated(target): yield
+        check() # later it is done
     except BaseException:
         self._back()
         snap.restore()
+        vars(self).update(before)
         raise
     self._undo.insert(0, snap)
 
@@ -493,7 +500,7 @@ def _merge(target, sample):
 def _format(target, sample, snap, auto):
     "Turn 4-D weights to channels_last; if `auto`, only if that is faster on the sample. Returns seconds by format."
     how = dict(timer=partial(clock, sample.device), num_threads=torch.get_num_threads())
-    def seconds(): return Timer('s.run(m)', globals=dict(m=target, s=sample), **how).blocked_autorange(min_run_time=.3).median
+    def seconds(): return interruptible(Timer('s.run(m)', globals=dict(m=target, s=sample), **how).blocked_autorange, min_run_time=.3).median
     sample = Sample(sample.args, sample.kwargs) # the parts are not what takes time
     before = seconds() if auto else None
     stores = Counter(t.untyped_storage()._cdata for t in tensors_in(target) if is_dense(t)) # views of one memory stay that

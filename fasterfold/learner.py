@@ -17,11 +17,13 @@ from fastai.torch_basics import *
 from fastai.callback.core import Callback
 from torch.utils.data import DataLoader as TorchDataLoader
 from .fold import BN_Folder
+from .interrupt import block,check,interruptible,whole
 from .load import Misfit,adopt
+from .normalize import in_front,left,loader_norm,renamed,without_norm
 from .plan import FoldPlan
 from .report import FoldReport,report
 from .sample import Sample
-from .state import Contents,FoldError,check_model,copy_model,unwrap
+from .state import Contents,FoldError,Still,check_model,copy_model,refill,unwrap
 
 # %% ../nbs/15_learner.ipynb #cfa58d23
 def _batch(dl, last=False):
@@ -30,15 +32,15 @@ def _batch(dl, last=False):
     try:
         if isinstance(dl, TorchDataLoader):
             by = dict(batch_sampler=dl.batch_sampler) if dl.batch_size is None else dict(batch_size=dl.batch_size)
-            return None if last else first(TorchDataLoader(dl.dataset, collate_fn=dl.collate_fn, **by))
-        if not hasattr(dl, 'new'): return None if last else first(dl)
+            return None if last else interruptible(first, TorchDataLoader(dl.dataset, collate_fn=dl.collate_fn, **by))
+        if not hasattr(dl, 'new'): return None if last else interruptible(first, dl)
         dl = dl.__dict__.get('dl', dl) # what a `DistributedDL` wraps: its own order is broadcast, for which it would wait for all processes
         dl = dl.new(shuffle=False, drop_last=False, num_workers=0)
         if last:
             if not dl.bs or dl.n is None or dl.n<dl.bs or not dl.n%dl.bs: return None
             idxs = list(dl.get_idxs())[dl.n//dl.bs*dl.bs:]
             dl.get_idxs = lambda: idxs
-        return first(dl)
+        return interruptible(first, dl)
     finally: set_random_states(**rng)
 
 def _samples(learn, sample=None):
@@ -53,14 +55,30 @@ def _samples(learn, sample=None):
     return [Sample.of(None, model)]
 
 # %% ../nbs/15_learner.ipynb #3cf42ca9
+def _images(learn, folder, sample, normalize):
+    "What `folder` shall fold, samples for it, the loaders' normalization that is in it if `normalize`, and why a part of that will stay."
+    model,samples = learn.model,_samples(learn, sample)
+    if normalize is False: return model,samples,None,''
+    if normalize is not True: raise FoldError(f"`normalize` is True or False, and not {normalize!r}.")
+    if model is not unwrap(model): raise FoldError("`normalize=True`: the model is wrapped. Fold it outside of the wrapper.")
+    loader = next((dl for dl in reversed(learn.dls.loaders[:2]) if hasattr(dl, 'new') and len(dl)), None)
+    norm = loader_norm(learn.dls, () if loader is None else _batch(loader), learn.dls.n_inp)
+    model,samples,why = in_front(folder, model, norm, samples)
+    return model,samples,norm,why
+
 @patch
+@whole
 @delegates(BN_Folder)
 def fold_plan(self:Learner,
     sample=None, # Input to trace: a tuple is positional arguments, a dict keyword arguments; by default a validation batch
+    normalize:bool=False, # Also fold the `Normalize` of the loaders into the model, which then takes images as they are?
     **kwargs
 )->FoldPlan: # Norms that would be folded, and those that would stay
     "What `fold` would do to `model`; nothing changes."
-    return BN_Folder(**kwargs).plan(self.model, samples=_samples(self, sample))
+    folder = BN_Folder(**kwargs)
+    model,samples,norm,why = _images(self, folder, sample, normalize)
+    plan = folder.plan(model, samples=samples)
+    return renamed(plan, why) if norm else plan
 
 # %% ../nbs/15_learner.ipynb #5a1c4002
 def _versions(model): return [(p, None if p.is_inference() else p._version, p.data_ptr()) for p in model.parameters()]
@@ -90,44 +108,92 @@ def _past(learn):
     past = learn.__dict__.get('_past')
     return past if past is not None and past.model is unwrap(learn.model) else None
 
-def _remember(learn, folder=None, lost="it was folded with `undo=False`"):
-    "Note that `folder` has folded the model of `learn`, or why what was before is `lost`."
-    if _past(learn) is None: learn._past = _Past(unwrap(learn.model), learn.opt)
-    _past(learn).add(folder, lost)
+def _remember(learn, fold=None, lost="it was folded with `undo=False`", past=None):
+    "Note that `fold` was done to `learn`, or why what was before is `lost`; `past` is what came before it."
+    learn._past = past or _past(learn) or _Past(unwrap(learn.model), learn.opt)
+    learn._past.model = unwrap(learn.model)
+    learn._past.add(fold, lost)
+
+class _Fold:
+    "A fold of the model of `learn` in place, and the way back."
+    def __init__(self, learn, sample, normalize, copied=False, **kwargs):
+        self.learn,self.model,self.splitter,self.past,self.folder = learn,learn.model,learn.splitter,_past(learn),BN_Folder(**kwargs)
+        model,self.samples,norm,why = _images(learn, self.folder, sample, normalize)
+        if copied: self.original = copy_model(unwrap(model))
+        self.folder.fold(model, samples=self.samples, inplace=True)
+        self.plan,self.back = self.folder.result,noop
+        if norm is None: return
+        renamed(self.plan, why)
+        learn.model,self.back = left(model, norm),without_norm(learn.dls)
+        if learn.model is not self.model: learn.splitter = trainable_params # which knows nothing of positions
+
+    def undo(self):
+        self.folder.undo()
+        self.back()
+        self.learn.model,self.learn.splitter = self.model,self.splitter
+
+    def done(self, undo):
+        "The learner has what was folded from now on; may it be undone?"
+        _remember(self.learn, self if undo else None, past=self.past)
+        self.learn.opt = None
 
 # %% ../nbs/15_learner.ipynb #2f86771e
 @patch
+@whole
 @delegates(BN_Folder)
 def fold_bn(self:Learner,
     sample=None, # Input to trace: a tuple is positional arguments, a dict keyword arguments; by default a validation batch
+    normalize:bool=False, # Also fold the `Normalize` of the loaders into the model, which then takes images as they are?
     undo:bool=True, # Remember what `unfold` needs? That takes as much memory as the weights that change
     **kwargs
 )->Learner: # The learner itself
     "Fold the norms of `model` in place, as in `learn.fold_bn().validate()`."
-    folder = BN_Folder(**kwargs)
-    folder.fold(self.model, samples=_samples(self, sample), inplace=True)
-    _remember(self, folder if undo else None)
-    self.opt = None
+    _Fold(self, sample, normalize, **kwargs).done(undo)
     return self
 
 # %% ../nbs/15_learner.ipynb #5f644648
 @patch
-@contextmanager
+@block
 @delegates(BN_Folder)
 def folded(self:Learner,
     sample=None, # Input to trace: a tuple is positional arguments, a dict keyword arguments; by default a validation batch
+    normalize:bool=False, # Also fold the `Normalize` of the loaders into the model, which then takes images as they are?
     **kwargs
 ):
     "Fold the norms of `model` inside a `with` block, and undo it after."
-    folder,opt,past = BN_Folder(**kwargs),self.opt,_past(self)
-    folder.fold(self.model, samples=_samples(self, sample), inplace=True)
+    opt,past,fold = self.opt,_past(self),_Fold(self, sample, normalize, **kwargs)
     self.opt,self._past = None,_Past(unwrap(self.model), opt, inside=True)
     try: yield self
     finally:
-        folder.undo()
+        fold.undo()
         self.opt,self._past = opt,past
 
 # %% ../nbs/15_learner.ipynb #f60bb957
+def _touched(learn):
+    "What a validation may change, as dictionaries and lists: the learner, its callbacks, metrics and what these hold."
+    rec = getattr(learn, 'recorder', None)
+    objs = [learn, *learn.cbs, *learn.metrics, *([rec.loss,rec.smooth_loss] if rec else [])]
+    own = [vars(o) for o in objs]
+    held = [v.items if isinstance(v, L) else v for d in own for v in d.values()]
+    return own+[o for o in held if isinstance(o, list)]
+
+@contextmanager
+def _as_it_was(learn):
+    "Whatever goes wrong inside, `learn` is as it was, random numbers and modes of the model included."
+    still,rng,held = Still(unwrap(learn.model)),get_random_states(),[(o, o.copy()) for o in _touched(learn)]
+    try: yield
+    except BaseException:
+        for o,old in held: refill(o, old)
+        still.restore()
+        set_random_states(**rng)
+        raise
+
+class _Check(Callback):
+    "Hears of Ctrl-C after each batch."
+    def after_batch(self): check()
+
+
+# %% ../nbs/15_learner.ipynb #5a1c4015
 def _scores(learn):
     "Loss and metrics on the validation set by name; nothing where there is none."
     loaders = getattr(learn.dls, 'loaders', [])
@@ -135,30 +201,33 @@ def _scores(learn):
     if len(loaders)<2 or not len(loaders[1]) or rec is None: return {}
     history = {k:getattr(rec, k) for k in rec._stateattrs if hasattr(rec, k)}
     with learn.removed_cbs(learn.cbs.filter(lambda cb: hasattr(cb, '_only_train_loop') or isinstance(cb, CSVLogger))):
-        try: return dict(zip(['valid_loss', *learn.metrics.attrgot('name')], learn.validate()))
+        try: return dict(zip(['valid_loss', *learn.metrics.attrgot('name')], interruptible(learn.validate, cbs=_Check())))
         finally: rec.__dict__.update(history)
 
 @patch
+@whole
 @delegates(BN_Folder)
 def fold(self:Learner,
     sample=None, # Input to trace and to time: a tuple is positional arguments, a dict keyword arguments; by default a validation batch
+    normalize:bool=False, # Also fold the `Normalize` of the loaders into the model, which then takes images as they are?
     undo:bool=True, # Remember what `unfold` needs? That takes as much memory as the weights that change
     **kwargs
 )->FoldReport: # What it changed
     "Fold the norms of `model` in place, and report on norms, size, latency and metrics."
-    folder,samples,model = BN_Folder(**kwargs),_samples(self, sample),unwrap(self.model)
-    original,before = copy_model(model),_scores(self)
-    folder.fold(self.model, samples=samples, inplace=True)
-    try:
-        res = report(original, model, folder.result, samples[0].by_size(model), progress=hasattr(self, 'progress'))
-        after = _scores(self)
-    except BaseException:
-        folder.undo()
-        raise
-    _remember(self, folder if undo else None)
-    self.opt = None
-    res.metrics,res.formats = {k:(v,after[k]) for k,v in before.items()},getattr(folder, 'formats', {})
+    with _as_it_was(self):
+        before,fold = _scores(self),_Fold(self, sample, normalize, copied=True, **kwargs)
+        try:
+            model = unwrap(self.model)
+            res = report(fold.original, model, fold.plan, fold.samples[0].by_size(model), progress=hasattr(self, 'progress'))
+            after = _scores(self)
+            check() # later it is done
+        except BaseException:
+            fold.undo()
+            raise
+    fold.done(undo)
+    res.metrics,res.formats = {k:(v,after[k]) for k,v in before.items()},fold.folder.formats
     return res
+
 
 # %% ../nbs/15_learner.ipynb #5a1c4003
 def _warned(fit):
@@ -178,6 +247,7 @@ Learner.fit = _warned(Learner.fit)
 
 # %% ../nbs/15_learner.ipynb #5a1c4004
 @patch
+@whole
 def unfold(self:Learner)->Learner: # The learner itself
     """Give the learner back as it was before `fold`, `fold_bn` or `FoldCallback`, bit for bit, with its optimizer.
 
@@ -211,11 +281,12 @@ class FoldCallback(_AtHome):
     @delegates(BN_Folder)
     def __init__(self,
         sample=None, # Input to trace, as for `Learner.fold`
+        normalize:bool=False, # Also fold the `Normalize` of the loaders, as for `Learner.fold`?
         undo:bool=True, # Remember what `Learner.unfold` needs?
         **kwargs
     ):
         BN_Folder(**kwargs) # to hear of a wrong option now, not when the training is over
-        self.sample,self.undo,self.kwargs,self.plan = sample,undo,kwargs,None
+        self.sample,self.normalize,self.undo,self.kwargs,self.plan = sample,normalize,undo,kwargs,None
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self, 'gather_preds')
@@ -224,60 +295,68 @@ class FoldCallback(_AtHome):
     def after_cancel_fit(self):
         "Broken off in the middle of an epoch, there is nothing worth folding."
         self.trained = self.trained and not self.training
+    @whole
     def after_fit(self):
         more = self.learn.__dict__.get('fits_left', 1)-1
         if 'fits_left' in self.learn.__dict__: self.learn.fits_left = more
         if self.trained and not more:
-            folder = BN_Folder(**self.kwargs)
-            folder.fold(self.learn.model, samples=_samples(self.learn, self.sample), inplace=True)
-            _remember(self.learn, folder if self.undo else None)
-            self.plan,self.learn.opt = folder.result,None
+            fold = _Fold(self.learn, self.sample, self.normalize, **self.kwargs)
+            fold.done(self.undo)
+            self.plan = fold.plan
 
 # %% ../nbs/15_learner.ipynb #a606cdbb
 _fine_tune = Learner.fine_tune
 
+@block
+def _two_fits(learn):
+    learn.fits_left = 2
+    try: yield
+    finally: del learn.fits_left
+
 @patch
 @wraps(_fine_tune)
 def fine_tune(self:Learner, *args, **kwargs):
-    self.fits_left = 2
-    try: return _fine_tune(self, *args, **kwargs)
-    finally: del self.fits_left
+    with _two_fits(self): return _fine_tune(self, *args, **kwargs)
+
 
 # %% ../nbs/15_learner.ipynb #dfcf22b5
-class _Batches:
-    "The loop over batches as the callback `cb` wraps it."
-    def __init__(self, cb): self.cb = cb
-    def __call__(self): self.cb._all_batches()
-    def __reduce__(self): return getattr, (self.cb.learn,'all_batches')
-
 class FoldedValidation(_AtHome):
     "Run each epoch's validation on the folded model, and train on as if nothing had been."
     def __init__(self,
         sample=None, # Input to trace, as for `Learner.fold`
     ):
-        self.sample,self.folder = sample,None
+        self.sample,self.folder,self.due = sample,None,False
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self, 'gather_preds')
-        self.folder = None
-    def after_train(self): self.learn.all_batches = _Batches(self)
-    def after_fit(self):
-        self.learn.__dict__.pop('all_batches', None)
-        self.folder = None
+        self.folder,self.due = None,False
+    def after_train(self): self.due = True
+    def after_batch(self): check()
+    def after_fit(self): self.folder = None
 
-    def _all_batches(self):
-        del self.learn.all_batches
-        undo = noop if self.training else self._fold()
-        try: self.learn.all_batches()
-        finally: undo()
+    @whole
+    def around(self, batches):
+        "Call `batches` while the model is folded."
+        folder = self.folder or BN_Folder()
+        if self.folder: folder.refold()
+        else: folder.fold(self.learn.model, samples=_samples(self.learn, self.sample), inplace=True)
+        try:
+            self.folder = folder
+            interruptible(batches)
+        finally: folder.undo()
 
-    def _fold(self):
-        "Fold the model, and return what undoes it."
-        if self.folder is not None: self.folder.refold()
-        else:
-            self.folder = BN_Folder()
-            self.folder.fold(self.learn.model, samples=_samples(self.learn, self.sample), inplace=True)
-        return self.folder.undo
+def _by_callback(all_batches):
+    "`all_batches` that a `FoldedValidation` may fold around."
+    @wraps(all_batches)
+    def _f(self):
+        cb = next((o for o in self.cbs if isinstance(o, FoldedValidation) and o.due), None)
+        if cb is None: return all_batches(self)
+        cb.due = False
+        return all_batches(self) if self.training else cb.around(partial(all_batches, self))
+    return _f
+
+Learner.all_batches = _by_callback(Learner.all_batches)
+
 
 # %% ../nbs/15_learner.ipynb #f8035565
 class _Adopted(Exception): "The model has got the structure of the file, which can now be loaded."
@@ -288,26 +367,32 @@ def _to_file(learn, model, sample, strict, state, prefix):
     if not (d := Misfit(model, state)): return
     try: snap = adopt(model, state, _samples(learn, sample)[0])
     except FoldError:
-        if not strict: return # fastai loads what fits
-        if d.folds: raise
+        if not strict and not d.raw: return # fastai loads what fits
+        if d.folds or d.raw: raise
         return # fastai says what does not fit
     if snap: raise _Adopted(snap)
 
 _load = Learner.load
 
 @patch
+@whole
 @wraps(_load)
 def load(self:Learner, *args, sample=None, **kwargs):
-    model = unwrap(self.model)
-    hook = model.register_load_state_dict_pre_hook(lambda m, state, prefix, meta, strict, *args: _to_file(self, m, sample, strict, state, prefix))
-    try: return _load(self, *args, **kwargs)
-    except _Adopted as e: snap, = e.args
-    finally: hook.remove()
-    opt,self.opt = self.opt,None # a new one, for the parameters that there are now
-    try: _load(self, *args, **kwargs)
+    model,opt,snap = unwrap(self.model),self.opt,None
+    def look(m, state, prefix, meta, strict, *args):
+        check() # the file is read, and nothing has changed yet; later it is done
+        if snap is None: _to_file(self, m, sample, strict, state, prefix)
+    hook = model.register_load_state_dict_pre_hook(look)
+    try:
+        try: return _load(self, *args, **kwargs)
+        except _Adopted as e: snap, = e.args
+        self.opt = None # a new one, for the parameters that there are now
+        _load(self, *args, **kwargs)
     except BaseException:
-        snap.restore()
+        if snap: snap.restore()
         self.opt = opt
         raise
+    finally: hook.remove()
     _remember(self, lost="it was loaded from a file that was folded already")
     return self
+

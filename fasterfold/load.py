@@ -13,6 +13,7 @@ from .constants import storable, store
 from .edit import Snapshot, apply_plan, by_name, put
 from .find import find_norms
 from .fold import merge_blocks
+from .interrupt import check, interruptible, whole
 from .plan import FoldPlan, Planner
 from .rules import Blocked
 from .sample import Sample
@@ -57,6 +58,7 @@ class Misfit:
 
         modules,gone = by_name(model),_norms(self.extra)
         self.before = bool(gone) and not _norms(self.lacks) and all(n in modules and not [*modules[n].parameters(recurse=False)] for n in gone) # is it the model that is folded?
+        self.raw = any(k=='normalize_folded' or k.startswith('normalize.running_') for k in self.extra) # does the file's model normalize its input itself?
         self.folds = self.before or bool(_norms(self.lacks)) and not gone or any(k.endswith('folded') for k in self.extra) # is one of them, as far as names tell?
     def __bool__(self): return bool(self.lacks or self.extra)
     def __len__(self): return len(self.lacks)+len(self.extra)
@@ -72,6 +74,9 @@ def misfit_error(
 )->FoldError:
     "What to tell the user."
     d = Misfit(model, state)
+    if d.raw:
+        return FoldError("The file is of a model that normalizes its input itself (it was folded with `normalize=True`), and this one does not. "
+            "Load the whole learner, as `learn.export` writes it; or fold this one with `normalize=True`, and load then.")
     if d.before:
         return FoldError(f"The model is folded, and the file has the weights of norms that are gone from it ({_listed(f'{n}.' for n in sorted(_norms(d.extra)))}): it is from before folding, or less was folded. "
             "Load it into a newly built model or learner (a folded learner gives its norms back with `learn.unfold()`), and fold then.")
@@ -167,6 +172,7 @@ def adopt(
     return snap
 
 # %% ../nbs/11_load.ipynb #5a1c3016
+@whole
 def fold_like(
     model:nn.Module, # A newly built model, changed in place, in any mode
     state, # Weights of the folded one: a state dict, or the name of a file (`.pth`, `.safetensors`)
@@ -184,10 +190,12 @@ def fold_like(
       (2): ReLU()
     )
     """
-    target,state = check_model(model),read_weights(state)
+    target,state = check_model(model),interruptible(read_weights, state)
     if (d := Misfit(target, state)).other and not d: raise misfit_error(target, state)
     snap = adopt(target, state, Sample.of(sample, target)) if d else None
-    try: target.load_state_dict({**state, **{k:state[o] for k,o in Misfit(target, state).tied.items()}})
+    try:
+        check() # later it is done
+        target.load_state_dict({**state, **{k:state[o] for k,o in Misfit(target, state).tied.items()}})
     except BaseException:
         if snap: snap.restore()
         raise

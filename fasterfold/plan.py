@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from torch import nn
 from .affine import Affine
 from .find import Kept, find_norms
+from .interrupt import check
 from .rules import BESIDE, Blocked, Context
 from .rules.arithmetic import terms
 from .spread import Far, Gauge, Network, Spread, ratio
@@ -388,6 +389,7 @@ def plan_folds(
     for ways,step in cycle(((_back,-1), (_ahead,1), (_back,1), (_ahead,-1))):
         idle += 1
         for m,calls in list(waiting.items())[::step]:
+            check()
             name = calls[0].call.name
             try:
                 if name in exclude: raise Blocked(exclude[name])

@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
 from fastcore.basics import patch
+from .interrupt import interruptible, whole
 from .state import Detached, FoldError, is_dense, preserved, wide
 
 # %% ../nbs/02_sample.ipynb #6448f77a
@@ -140,14 +141,14 @@ def ask(
     "Call `model`, and hear what `parts` of it return."
     found = {k:part_named(model, k) for k in parts}
     if gone := [k for k,o in found.items() if o is None]: raise FoldError(f"`{gone[0]}`, which `keep` names, is no part of the model any more.")
-    if not found: return model(*args, **kwargs)
+    if not found: return interruptible(model, *args, **kwargs)
     names,seen,here = {o:k for k,o in found.items() if isinstance(o, nn.Module)},{k:[] for k in found},get_ident()
     def note(m, args, out):
         if m in names and get_ident()==here: seen[names[m]] += [unheard(t) for t in tensors_of(out)]
     handle = register_module_forward_hook(note)
-    try: out = model(*args, **kwargs)
+    try: out = interruptible(model, *args, **kwargs)
     finally: handle.remove()
-    return out, {k:f(*args, **_takes(f, kwargs)) for k,f in found.items() if f not in names}, seen
+    return out, {k:interruptible(f, *args, **_takes(f, kwargs)) for k,f in found.items() if f not in names}, seen
 
 # %% ../nbs/02_sample.ipynb #74434c0b
 class Sample:
@@ -178,6 +179,7 @@ class Sample:
         "Call `model` with copies of the arguments."
         return ask(model, *self.copied(), self.parts)
 
+    @whole
     def run(self,
         model:nn.Module, # Any model
         still=None, # A `Still` of it, if there is one

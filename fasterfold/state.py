@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FoldError', 'is_dense', 'Detached', 'overlapping', 'growing', 'accelerator', 'clock', 'has_float64', 'wide',
-           'held_by', 'all_modules', 'Structure', 'own_modes', 'tensors_in', 'Contents', 'Still', 'Dispatch',
+           'held_by', 'all_modules', 'refill', 'Structure', 'own_modes', 'tensors_in', 'Contents', 'Still', 'Dispatch',
            'preserved', 'passing', 'unwrap', 'check_model', 'copy_model']
 
 # %% ../nbs/01_state.ipynb #2463438d
@@ -181,7 +181,7 @@ def _collect(o, res, deep, depth=3):
     for kind,f in _holders if deep else _holders[:2]:
         if isinstance(o, kind): return [_collect(v, res, deep, depth-1) for v in f(o) if type(v) not in _as_is]
 
-def _refill(o, old):
+def refill(o, old):
     "Let a container hold again what it held."
     if isinstance(o, np.ndarray): return np.copyto(o, old) if o.flags.writeable else None
     if isinstance(o, _numbers):
@@ -217,9 +217,9 @@ class Structure:
         "Let each module be and hold that again."
         for m,cls,attrs,empty,full,scripted in self.modules:
             if m.__class__ is not cls: m.__class__ = cls
-            _refill(vars(m), attrs)
+            refill(vars(m), attrs)
             for o in filter(None, empty): o.clear()
-            for o,old in full: _refill(o, old)
+            for o,old in full: refill(o, old)
             _put_scripted(m, scripted)
 
 # %% ../nbs/01_state.ipynb #5a1c0f02

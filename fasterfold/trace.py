@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from fastcore.basics import AttrDict, patch
 from .guards import Watch
+from .interrupt import whole
 from .sample import Sample, ask, returned, tensors_of, unheard
 from .state import Dispatch, FoldError, growing, held_by, passing, preserved
 
@@ -575,6 +576,7 @@ def _spelled(*args):
     if all(op.name!='new_empty' for op in graph.ops): return graph
     with _Spelled(): return _record(*args)
 
+@whole
 @growing()
 def trace(
     model:nn.Module, # The model, in any mode

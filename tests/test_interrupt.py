@@ -1,0 +1,507 @@
+"""Ctrl-C at any moment: everything is as it was, or all is done.
+
+Where a signal waits, it is heard at the next `check`: so each of these is tried, and a sample of all calls and returns at which Python may take it. `INTERRUPT=1` tries all of them, which takes hours."""
+import gc, inspect, logging, os, random, signal, subprocess, sys, textwrap, threading, time, warnings
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+import numpy as np, pytest, torch
+from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback
+from fastai.torch_core import set_seed
+from fastcore.basics import defaults
+from fastcore.foundation import L
+from torch import nn
+from typer.testing import CliRunner
+from torch.nn.modules import module as hooks
+from fasterfold import interrupt
+from fasterfold.cli import app
+from fasterfold.edit import Snapshot
+from fasterfold.all import BN_Folder,FoldCallback,FoldError,FoldedValidation,fold_like,latency
+from fasterfold.interrupt import block,check,interruptible,whole
+from fasterfold.report import report
+from fasterfold.state import Contents
+from helpers import randomize_norms,state
+from learners import KINDS,train
+
+every = int(os.environ.get('INTERRUPT', 0))
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    "Python's own handler, no bars, latency measured for a moment only, and no plans read again."
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr('fasterfold.learner.report', partial(report, seconds=.001))
+    monkeypatch.setattr(defaults, 'callbacks', [o for o in defaults.callbacks if o is not ProgressCallback])
+    yield
+    assert signal.signal(signal.SIGINT, old) is signal.default_int_handler
+
+@pytest.fixture(autouse=True)
+def true_reasons(): "The plans made here are those of other tests."
+
+class Presses:
+    "Presses Ctrl-C at the calls and returns `at`; if `only` is given, at calls of that function."
+    def __init__(self, *at, only=None): self.at,self.only,self.n,self.stops = at,only and only.__code__,0,0
+    @property
+    def came(self): return bool(self.at) and self.n>=self.at[0]
+    def __call__(self, frame, event, arg):
+        self.stops += self.came and event=='call' and frame.f_code is check.__code__ # where it can be heard from now on
+        if self.only and not (event=='call' and frame.f_code is self.only): return
+        self.n += 1
+        if self.n in self.at: signal.raise_signal(signal.SIGINT)
+
+def broken_off(f, presses):
+    "Was `f` broken off by one of `presses`?"
+    sys.setprofile(presses)
+    try: f()
+    except KeyboardInterrupt: return True
+    finally: sys.setprofile(None)
+    return False
+
+def spread(total, n, g):
+    "`n` numbers up to `total`, from all of its parts."
+    return range(1, total+1) if every or total<=n else [g.randint(1+total*i//n, total*(i+1)//n) for i in range(n)]
+
+def moments(calls, checks, n):
+    "Presses at `n` calls and twice as many checks; every other time, a second press follows."
+    g = random.Random(0)
+    for i,k in enumerate(spread(calls-1, n, g)): yield Presses(k, *([k+int(10**(5*g.random()))] if i%2 else []))
+    for k in spread(checks, 2*n, g): yield Presses(k, *([k+1] if k%2 else []), only=check)
+
+def world():
+    "What is everybody's."
+    stacks = torch._C._len_torch_function_stack(),torch._C._len_torch_dispatch_stack()
+    modes = torch.is_grad_enabled(),torch.is_inference_mode_enabled(),torch.is_autocast_enabled('cpu'),torch.get_default_dtype(),torch.get_num_threads()
+    listening = [{**v} for k,v in vars(hooks).items() if k.startswith('_global_') and isinstance(v, dict) and 'with_kwargs' not in k] # from which PyTorch takes nothing
+    return dict(handler=signal.getsignal(signal.SIGINT), waits=interrupt._pressed.at, stacks=stacks, modes=modes, listening=listening, gc=gc.isenabled(),
+        warnings=[*warnings.filters], logging=logging.root.manager.disable)
+
+def short(v): return v if v is None or isinstance(v, (int,float,str)) else id(v)
+def bits(v): return v.detach().cpu().numpy().tobytes() if torch.is_tensor(v) else v
+
+class Seen:
+    "All that a Ctrl-C must leave alone."
+    def __init__(self, model, learn=None, *others):
+        self.objs = [*others] if learn is None else [learn, *learn.cbs, *learn.metrics, learn.recorder.loss, learn.recorder.smooth_loss]
+        self.keep = [{**vars(o)} for o in self.objs] # no other object may have their ids meanwhile
+        self.all = world()|dict(model=state(model), dicts=[{type(v) for v in vars(m).values() if isinstance(v, dict)} for m in model.modules()])
+        for o,held in zip(self.objs, self.keep):
+            lists = {k:[*map(short, v)] for k,v in held.items() if isinstance(v, (list,L))}
+            self.all[type(o).__name__,id(o)] = {k:short(v) for k,v in held.items() if (k,v)!=('_past',None)},lists
+        opt = learn and learn.opt
+        if opt: self.all['opt'] = id(opt),[({k:bits(v) for k,v in s.items()},{**h}) for *_,s,h in opt.all_params()]
+    def changed(self, other): return [k for k in self.all.keys()|other.all.keys() if self.all.get(k)!=other.all.get(k)]
+
+def assert_as_it_was(see, f, n=20, done=lambda: False, again=lambda: None):
+    "Broken off at any of `n` moments, `f` leaves what `see` sees; or it is `done`, if it could not stop any more, and `again` makes that as before."
+    def whole_run(presses):
+        assert not broken_off(f, presses)
+        if done(): again()
+        return presses.n
+    for _ in range(2): counts = [whole_run(Presses(only=o)) for o in (None,check)] # at first, things are set up that are once
+    before,late = see(),0
+    for p in moments(*counts, n):
+        stopped = broken_off(f, p)
+        assert stopped==p.came, f"pressed at {p.at}, and not heard"
+        if done():
+            assert not p.stops, f"pressed at {p.at}, and heard too late"
+            late += stopped
+            again()
+            before = see()
+        elif stopped: assert not before.changed(see()), f"pressed at {p.at}"
+        else: before = see()
+    return late
+
+def norms(model): return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+def is_folded(learn): return not norms(learn.model) and learn.opt is None and learn._past is not None
+
+def trained(kind, path):
+    "A learner with hostile norms, some of its layers in training mode."
+    learn = train(KINDS[kind], path)
+    randomize_norms(learn.model).train()
+    next(learn.model.children()).eval()
+    return learn
+
+@pytest.fixture(params=['plain_learner','half_precision','tabular','pytorch_loaders'])
+def learn(request, tmp_path):
+    learn = trained(request.param, tmp_path)
+    with learn.no_logging(): yield learn
+@pytest.fixture
+def plain(tmp_path):
+    learn = trained('plain_learner', tmp_path)
+    with learn.no_logging(): yield learn
+def seen_by(learn): return lambda: Seen(learn.model, learn)
+
+# Learners
+
+def test_fold(learn):
+    assert_as_it_was(seen_by(learn), learn.fold, 10, lambda: is_folded(learn), learn.unfold)
+
+def test_fold_with_every_option(plain):
+    for f in (plain.fold,plain.fold_bn):
+        f = partial(f, strip_dropout=True, strip_identity=True, strip_unused=True, channels_last=True)
+        assert_as_it_was(seen_by(plain), f, 10, lambda: is_folded(plain), plain.unfold)
+
+def test_fold_plan(plain): assert_as_it_was(seen_by(plain), plain.fold_plan, 10)
+
+def test_folded(learn):
+    inside = 0
+    def f():
+        nonlocal inside
+        with learn.folded():
+            assert not norms(learn.model)
+            inside += 1
+    assert_as_it_was(seen_by(learn), f, 10)
+    assert inside
+
+def test_in_the_body_of_a_block_it_is_heard_at_once(plain):
+    before,steps = seen_by(plain)(),[]
+    for use in (lambda: steps.append('more'),plain.fold_plan,plain.unfold):
+        with pytest.raises(KeyboardInterrupt), plain.folded():
+            steps.append('in')
+            signal.raise_signal(signal.SIGINT)
+            steps.append('not here')
+        assert not before.changed(seen_by(plain)())
+    assert steps==['in']*3
+
+def test_unfold(plain):
+    "Before or after, and nothing in between."
+    original = Seen(plain.model)
+    plain.fold_bn()
+    def again():
+        assert not original.changed(Seen(plain.model))
+        plain.fold_bn()
+    assert_as_it_was(seen_by(plain), plain.unfold, 40, lambda: bool(norms(plain.model)), again)
+
+def keeper(model, learn=None):
+    "A function that gives back what is now, whatever was done."
+    snap,held,opt = Snapshot(model),Contents(model),learn and learn.opt
+    def again():
+        snap.restore()
+        held.restore()
+        if learn: learn.opt,learn._past = opt,None
+    return again
+
+@pytest.mark.parametrize('what', ['whole','folded'])
+def test_load(what, plain, tmp_path):
+    "A file is loaded wholly or not at all, folded or not."
+    plain.save('whole')
+    plain.fold_bn().save('folded')
+    want = torch.load(tmp_path/'models'/f'{what}.pth', weights_only=False)
+    want = want.get('model', want)
+    learn = trained('plain_learner', tmp_path)
+    def done():
+        have = learn.model.state_dict()
+        return have.keys()==want.keys() and all(torch.equal(v, want[k]) for k,v in have.items())
+    with torch.no_grad(): learn.model[-1].bias += 1
+    assert_as_it_was(seen_by(learn), partial(learn.load, what), 20, done, keeper(learn.model, learn))
+
+# Training
+
+class Now(Callback):
+    "Notes what training has made of the model, before it may be folded."
+    order = -20
+    def before_validate(self): self.learn.held_now = bytes_of(self.model)
+def bytes_of(model): return [(id(t),bits(t)) for t in (*model.parameters(),*model.buffers())]
+
+def test_folded_validation(plain):
+    "Whenever training is broken off, the model has its norms, and in a validation also the numbers that it had."
+    modules,folded = [*plain.model.modules()],0
+    class Folded(Callback):
+        def after_pred(self):
+            nonlocal folded
+            folded += not norms(self.model)
+    cbs = [FoldedValidation(),Now(),Folded()]
+    def f(): plain.fit(2, 1e-3, cbs=cbs)
+    counts = []
+    for only in (None,None,check):
+        counts.append(Presses(only=only))
+        broken_off(f, counts[-1])
+    assert folded
+    before = world()
+    for p in moments(counts[1].n, counts[2].n, 20):
+        plain.training,plain.held_now = True,None
+        assert broken_off(f, p)==p.came
+        assert [*plain.model.modules()]==modules and len(norms(plain.model))==3 and 'all_batches' not in vars(plain)
+        if not plain.training and plain.held_now is not None: assert plain.held_now==bytes_of(plain.model)
+        if p.only: assert world()==before # else it may have been between fastai's own
+        torch.set_grad_enabled(True)
+        plain.remove_cbs([cb for cb in plain.cbs if cb in cbs])
+    f() # goes on as ever
+
+def test_fold_callback(plain):
+    "The fold at the end is whole, or there is none."
+    cb = FoldCallback()
+    def f(): plain.fit(1, 1e-3, cbs=cb)
+    def fresh(): plain.remove_cbs([o for o in plain.cbs if o is cb])
+    counts = []
+    for only in (None,None,check):
+        counts.append(Presses(only=only))
+        broken_off(f, counts[-1])
+        plain.unfold()
+    n,times = len(norms(plain.model)),[0,0]
+    for p in moments(counts[1].n, counts[2].n, 20):
+        assert broken_off(f, p)==p.came
+        assert is_folded(plain) or len(norms(plain.model))==n and plain.opt is not None
+        times[is_folded(plain)] += 1
+        if is_folded(plain): plain.unfold()
+        fresh()
+        torch.set_grad_enabled(True)
+    assert times[0]
+
+
+def test_fine_tune_leaves_no_count(plain):
+    "Else a `FoldCallback` would wait for a second training that never comes."
+    plain.add_cb(FoldCallback())
+    two = type(plain).fine_tune.__globals__['_two_fits'].__wrapped__
+    def f():
+        try: plain.fine_tune(1, 1e-3)
+        finally: plain.opt = plain.opt or plain._past and plain.unfold().opt
+    calls = Presses(only=two) # it is called to begin, and again to end
+    broken_off(f, calls)
+    for k in range(1, calls.n+1):
+        p = Presses(k, only=two)
+        assert broken_off(f, p) and p.came
+        assert 'fits_left' not in vars(plain) and len(norms(plain.model))==3
+        torch.set_grad_enabled(True)
+
+# Any model
+
+class Pressing(nn.Sequential):
+    "In whose forward pass Ctrl-C is pressed."
+    def __init__(self, times=1):
+        super().__init__(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
+        self.times = times
+    def forward(self, x):
+        for _ in range(self.times): signal.raise_signal(signal.SIGINT)
+        return super().forward(x)
+
+class Net(nn.Module):
+    "All that a folder has to do: weights that are computed, norms that go both ways and one that stays, dropout, a layer that never runs."
+    def __init__(self):
+        super().__init__()
+        body = torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)),nn.BatchNorm2d(4),nn.ReLU(inplace=True),nn.Conv2d(4, 4, 1),nn.Sigmoid(),nn.BatchNorm2d(4)
+        self.body = nn.Sequential(*body, nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.BatchNorm1d(144), nn.Linear(144, 3))
+        self.aux = nn.Linear(2, 2)
+    def forward(self, x): return self.body(x)
+
+def net():
+    torch.manual_seed(0)
+    model = randomize_norms(Net()).train()
+    model.body[1].eval()
+    return model
+options = dict(strip_dropout=True, strip_identity=True, strip_unused=True, channels_last=True)
+x = torch.linspace(-1, 1, 2*3*8*8).view(2, 3, 8, 8)
+
+def test_folder_in_place():
+    model,folder = net(),BN_Folder(**options)
+    assert_as_it_was(lambda: Seen(model, None, folder), lambda: folder.fold(model, x, inplace=True), 30, lambda: bool(folder._undo), folder.undo)
+
+def test_folder_keeps_what_it_can_undo():
+    "A fold of another model that is broken off takes nothing from the last one."
+    model,other,folder = net(),Pressing(),BN_Folder()
+    before = Seen(model)
+    folder.fold(model, x, inplace=True)
+    with pytest.raises(KeyboardInterrupt): folder.fold(other, torch.ones(2, 3), inplace=True)
+    folder.undo()
+    assert not before.changed(Seen(model))
+
+def test_copies_and_plans():
+    "The model is as it was in any case, and so is the folder, unless it has another copy."
+    model,folder = net(),BN_Folder(**options)
+    for f in (folder.fold,folder.plan):
+        f(model, x)
+        last = [folder.result]
+        def renew(): last[:] = [folder.result]
+        assert_as_it_was(lambda: Seen(model, None, folder), partial(f, model, x), 20, lambda: folder.result is not last[0], renew)
+
+def test_undo_and_refold():
+    model,folder = net(),BN_Folder(**options)
+    original = Seen(model)
+    folder.fold(model, x, inplace=True)
+    assert_as_it_was(lambda: Seen(model, None, folder), folder.undo, 20, lambda: not folder._undo, folder.refold)
+    folder.undo()
+    assert not original.changed(Seen(model))
+    assert_as_it_was(lambda: Seen(model, None, folder), folder.refold, 20, lambda: bool(folder._undo), folder.undo)
+
+def test_fold_like(tmp_path):
+    folded = BN_Folder(**options).fold(net(), x)
+    torch.save(folded.state_dict(), tmp_path/'folded.pth')
+    model = net()
+    for given in (folded.state_dict(),tmp_path/'folded.pth'):
+        assert_as_it_was(lambda: Seen(model), lambda: fold_like(model, given, x), 20, lambda: not norms(model)[1:], keeper(model))
+
+def test_latency():
+    model = net()
+    assert_as_it_was(lambda: Seen(model), lambda: latency(model, x, .001), 20)
+
+# The command
+
+@pytest.fixture
+def box(tmp_path, monkeypatch):
+    "A folder with an exported learner and an old report."
+    train(KINDS['tabular'], tmp_path).export('export.pkl')
+    (tmp_path/'report.html').write_text('old')
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+def files(path): return {p.name:p.read_bytes() for p in path.iterdir() if p.is_file()}
+ARGS = 'fold','export.pkl','--trust','-o','folded.pkl','--report','report.html','--force'
+
+def right(before, path, code, said):
+    "Are files all there or as before, is nothing else left, and is it said? Were they written?"
+    after = files(path)
+    if after==before: return code==130 and said in ('','fasterfold: Interrupted: nothing was written.\n'),False
+    new = {*after}==before.keys()|{'folded.pkl'} and after['report.html']!=b'old' and after['export.pkl']==before['export.pkl']
+    return new and (code,said) in ((0,''),(130,'fasterfold: Interrupted after folded.pkl and report.html had been written.\n'),(130,'')),True
+
+def test_command(box, monkeypatch):
+    monkeypatch.setattr('fasterfold.report.report', partial(report, seconds=.001))
+    before,runner,res,counts = files(box),CliRunner(**{k:False for k in inspect.signature(CliRunner).parameters if k=='mix_stderr'}),[],[]
+    def f(): res[:] = [runner.invoke(app, ARGS)]
+    for only in (None,None,check):
+        counts.append(Presses(only=only))
+        assert not broken_off(f, counts[-1]) and res[0].exit_code==0 and files(box)!=before
+    for p in moments(counts[1].n, counts[2].n, 8):
+        (box/'folded.pkl').unlink(missing_ok=True)
+        (box/'report.html').write_text('old')
+        around = world()
+        res.clear()
+        broken_off(f, p) # outside of the command, too
+        if not p.came: continue
+        ok,written = right(before, box, *((res[0].exit_code,res[0].stderr) if res else (130,'')))
+        assert ok and not (written and p.stops), (p.at, res)
+        assert world()==around
+
+@pytest.mark.parametrize('writing', [True,False])
+def test_command_in_its_process(writing, box):
+    "Pressed as in a terminal, while a file is being written or at any other time."
+    before = files(box)
+    run = subprocess.Popen([Path(sys.executable).parent/'fasterfold', *ARGS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if writing:
+        while run.poll() is None and not [*box.glob('.folded.pkl.*.tmp')]: time.sleep(.01)
+    else: time.sleep(random.uniform(2, 5))
+    run.send_signal(signal.SIGINT)
+    said = run.communicate()[1]
+    early = run.returncode==-signal.SIGINT # it was still being imported
+    ok,_ = right(before, box, 130 if early else run.returncode, '' if early else ''.join(l for l in said.splitlines(True) if l.startswith('fasterfold: ')))
+    assert ok, said
+
+# As it comes: between any two steps, from outside
+
+def test_at_any_time(plain):
+    g = random.Random()
+    f = plain.fold
+    start = time.perf_counter()
+    f()
+    took = time.perf_counter()-start
+    plain.unfold()
+    for _ in range(30):
+        before = seen_by(plain)()
+        timer = threading.Timer(g.uniform(0, took), os.kill, (os.getpid(),signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            timer.start()
+            f()
+            time.sleep(10)
+        timer.join()
+        if is_folded(plain): plain.unfold()
+        else: assert not before.changed(seen_by(plain)())
+
+def test_a_script(tmp_path):
+    "Ctrl-C at random moments of a script that folds, and shows bars."
+    code = f"""
+        import sys, time, warnings
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import test_interrupt as t
+        learn = t.trained('plain_learner', t.Path({str(tmp_path)!r}))
+        def say(s): print(s, file=sys.stderr, flush=True)
+        for i in range(6):
+            before = t.Seen(learn.model, learn)
+            try:
+                say('go')
+                learn.fold()
+                time.sleep(60)
+            except KeyboardInterrupt: pass
+            if t.is_folded(learn): learn.unfold()
+            else: say(before.changed(t.Seen(learn.model, learn)))
+        say('end')"""
+    run = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(code)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    said = []
+    for line in run.stderr:
+        said.append(line.strip())
+        if said[-1]=='go':
+            time.sleep(random.uniform(0, 3))
+            run.send_signal(signal.SIGINT)
+    assert run.wait()==0 and said[-1]=='end'
+    assert all(o=='[]' for o in said if o[0]=='[')
+
+# Who hears of it
+
+def test_nobody_is_asked_in_other_threads():
+    "They are not interrupted; a Ctrl-C is for the main thread, which is not asked to wait for them."
+    model,seen = net(),[]
+    def f(): seen.append(BN_Folder().plan(model, x))
+    thread = threading.Thread(target=f)
+    with pytest.raises(KeyboardInterrupt):
+        thread.start()
+        signal.raise_signal(signal.SIGINT)
+    thread.join()
+    assert seen and world()['waits'] is None
+
+def test_a_handler_of_the_program_hears_of_each():
+    "And if it does not raise, the fold goes on."
+    heard,model = [],Pressing()
+    old = signal.signal(signal.SIGINT, lambda *args: heard.append(args[0]))
+    BN_Folder().fold(model, torch.ones(2, 3), inplace=True)
+    assert signal.getsignal(signal.SIGINT) is not old and signal.signal(signal.SIGINT, old) and heard
+    assert not norms(model) and {*heard}=={signal.SIGINT}
+
+@pytest.mark.parametrize('handler', [signal.SIG_IGN,signal.SIG_DFL])
+def test_programs_that_do_not_ask_python(handler):
+    "One that ignores the signal goes on doing so, and one that ends by it is asked for nothing."
+    old,seen = signal.signal(signal.SIGINT, handler),[]
+    class Look(Pressing):
+        def forward(self, x):
+            seen.append(signal.getsignal(signal.SIGINT))
+            return super().forward(x)
+    try: BN_Folder().fold(Look(times=handler==signal.SIG_IGN), torch.ones(2, 3))
+    finally: signal.signal(signal.SIGINT, old)
+    assert {*seen}=={handler}
+
+def test_a_model_that_takes_the_signal_keeps_it():
+    class Takes(Pressing):
+        def forward(self, x):
+            signal.signal(signal.SIGINT, mine)
+            return super().forward(x)
+    heard = []
+    def mine(*args): heard.append(args)
+    model,old = Takes(),signal.getsignal(signal.SIGINT)
+    BN_Folder().fold(model, torch.ones(2, 3), inplace=True)
+    assert signal.signal(signal.SIGINT, old) is mine and heard and not norms(model)
+
+# What never ends
+
+class Hanging(Pressing):
+    "Sleeps on, and only a second Ctrl-C ends it."
+    def forward(self, x):
+        end = time.monotonic()+30
+        for wait in (.2,1.): threading.Timer(wait, os.kill, (os.getpid(),signal.SIGINT)).start()
+        while time.monotonic()<end: time.sleep(.01)
+        raise AssertionError
+
+def test_a_second_press_ends_what_hangs(monkeypatch):
+    monkeypatch.setattr(interrupt, 'patience', .5)
+    model = Hanging()
+    before,start = Seen(model),time.monotonic()
+    with pytest.raises(KeyboardInterrupt): BN_Folder().fold(model, torch.ones(2, 3), inplace=True)
+    assert 1<=time.monotonic()-start<10 and not before.changed(Seen(model))
+
+def test_a_second_press_ends_a_validation_that_hangs(plain, monkeypatch):
+    monkeypatch.setattr(interrupt, 'patience', -1)
+    class Press(Callback):
+        "Twice in a batch, in the middle of what fastai does."
+        def after_pred(self):
+            for _ in range(2): signal.raise_signal(signal.SIGINT)
+    plain.add_cb(Press())
+    before = seen_by(plain)()
+    with pytest.raises(KeyboardInterrupt): plain.fold()
+    assert not before.changed(seen_by(plain)())
