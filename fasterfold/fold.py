@@ -225,7 +225,7 @@ def _fold_program(self:BN_Folder, program, sample, samples, inplace=False):
     if inplace: raise FoldError("A program is never changed in place: take the one that `fold(program)` returns.")
     if self.channels_last or self.keep: raise FoldError("`channels_last` and `keep` are for models: the formats of an exported program are fixed, and nothing inside it has a name.")
     l = lift(program)
-    self.fold(l.model, inputs_of(l) if sample is None and samples is None else sample, inplace=True, samples=samples)
+    self.fold(l.model, inputs_of(program) if sample is None and samples is None else sample, inplace=True, samples=samples)
     plan,self._undo,self._last = self.result,[],None
     plan.kept,plan.changed = [k for k in plan.kept if k.norm]+l.kept,[] # what has no name are calls that were not lifted
     plan.notes = [o for o in plan.notes if not o.startswith('Weights are computed')] # in no layer, but in the graph
