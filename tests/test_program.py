@@ -1,14 +1,13 @@
 "Exported programs in, exported programs out: what folds in a graph, what stays as it was, and where the program goes afterwards."
-import copy, importlib, io, json
+import copy, importlib, io
 import pytest, timm, torch, torchvision
 import torch.nn.functional as F
 from torch import nn
 from torch.export import Dim
-from torch.utils._pytree import tree_leaves
 from fasterfold.fold import BN_Folder
 from fasterfold.program import inputs_of,is_program,module_of,norms_in
 from fasterfold.proof import distance,run,to_double
-from fasterfold.sample import Sample
+from fasterfold.sample import Sample,tensors_of
 from fasterfold.state import FoldError,copy_model
 from helpers import Fn,eps_of,names_of,randomize_norms
 from learners import KINDS
@@ -38,7 +37,7 @@ def dims(xs, sized=False):
 def exported(model, xs, **kwargs): return torch.export.export(model, xs, **kwargs)
 
 def outs(f, xs):
-    with torch.no_grad(): return tree_leaves(f(*xs))
+    with torch.no_grad(): return tensors_of(f(*xs))
 
 def assert_right(model, program, xs):
     "Assert that `program` is as close to a float64 run of `model` as that is itself."
@@ -51,7 +50,7 @@ def assert_same_calls(old, new):
     a,b = old.graph_signature,new.graph_signature
     assert a.user_inputs==b.user_inputs and a.user_outputs==b.user_outputs and a.buffers_to_mutate==b.buffers_to_mutate
     assert old.call_spec==new.call_spec and old.range_constraints==new.range_constraints and old.verifiers==new.verifiers
-    assert distance(tree_leaves(old.example_inputs), tree_leaves(new.example_inputs))==0
+    assert distance(tensors_of(old.example_inputs), tensors_of(new.example_inputs))==0
 
 def frozen(program):
     "Everything of `program` that a fold could change."
@@ -71,7 +70,8 @@ def saved(program):
 
 def net(*layers): return randomize_norms(nn.Sequential(*layers))
 def conv(n=3, out=4, **kwargs): return nn.Conv2d(n, out, 3, **kwargs)
-def small(): return net(conv(bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.BatchNorm1d(144), nn.Linear(144, 5, bias=False), nn.BatchNorm1d(5)),images(8)
+def small(): return net( # the second of three norms stays
+    conv(bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.BatchNorm1d(144), nn.ReLU(), nn.Linear(144, 5, bias=False), nn.BatchNorm1d(5)),images(8)
 
 # ---- Models
 
@@ -148,8 +148,9 @@ def test_graphs(name, decomposed):
     torch.manual_seed(0)
     make,goes,stays = GRAPHS[name]
     model,xs = randomize_norms(make()),images(8)
-    program = exported(model, xs, dynamic_shapes=dims(xs) if name!='functional' else None)
+    program = exported(model, xs, dynamic_shapes=dict(xs=dims(xs)) if isinstance(model, Fn) else dims(xs))
     if decomposed: program = program.run_decompositions()
+    if decomposed and name=='instance_norm': goes,stays = 0,1 # which then computes its statistics for each item of the batch
     before,folder = frozen(program),BN_Folder()
     folded = folder.fold(program)
     assert_untouched(program, before)
@@ -187,7 +188,7 @@ def test_arguments_by_name_and_structures():
     assert_same_calls(program, folded)
     assert norms_in(folded)==[]
     a,b = model(x, **kwargs),folded.module()(x, **kwargs)
-    assert a.keys()==b.keys() and b['b'][1]==3 and distance(tree_leaves(b), tree_leaves(a))<1e-5
+    assert a.keys()==b.keys() and b['b'][1]==3 and distance(tensors_of(b), tensors_of(a))<1e-5
 
 def test_training_mode():
     model,xs = small()
@@ -196,7 +197,7 @@ def test_training_mode():
         folder = BN_Folder()
         folded = folder.fold(p)
         assert_same_calls(p, folded)
-        assert folder.result.folded==[] and {k.norm for k in folder.result.kept}=={'1','4','6'}
+        assert folder.result.folded==[] and {k.norm for k in folder.result.kept}=={'1','4','7'}
         assert all('training mode' in k.reason for k in folder.result.kept)
 
 def test_reasons_name_norms_by_their_weights():
@@ -225,7 +226,7 @@ def test_module():
     for given in (module,module_of(module)):
         folded = BN_Folder().fold(given)
         assert is_program(folded) and isinstance(folded, torch.fx.GraphModule)
-        assert norms_in(given)==['1','4','6'] and norms_in(folded)==['4']
+        assert norms_in(given)==['1','4','7'] and norms_in(folded)==['4']
         assert '1.weight' not in folded.state_dict() and '0.bias' in folded.state_dict()
         for n in (1,2,7):
             x = torch.randn(n, *xs[0].shape[1:])
