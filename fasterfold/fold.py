@@ -20,6 +20,7 @@ from .cover import Cover, describe, on_inputs, same_edits, widen
 from .edit import Snapshot, apply_plan, by_name
 from .interrupt import check, interruptible, whole
 from .plan import FoldPlan, plan_folds
+from .program import inputs_of, is_program, lift, lower
 from .proof import Proof, compare_runs, distance, eps_of, largest, prove, run_as, to_double
 from .sample import Sample, part_named
 from .state import Contents, FoldError, Still, Structure, check_model, clock, copy_model, is_dense, own_modes, preserved, tensors_in, wide
@@ -148,7 +149,7 @@ class BN_Folder:
 
     @_public
     def plan(self,
-        model:nn.Module, # Any model, in any mode
+        model:nn.Module, # Any model, in any mode, or an exported program
         sample=None, # What to call it with: a tuple is positional arguments, a dict keyword arguments; None to make one up
         samples=None, # Several of them, where one does not show all that the model may do
     )->FoldPlan: # What would be folded and kept
@@ -157,6 +158,7 @@ class BN_Folder:
         >>> BN_Folder().plan(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2)), torch.ones(3, 4)).rows()
         [('0', 'folded forward', '1')]
         """
+        if is_program(model): return self._fold_program(model, sample, samples)[1]
         model = check_model(model)
         samples = _samples(model, sample, samples, _parts(model, self.keep))
         if self.merge_branches: _merge(model:=copy_model(model), samples[0])
@@ -172,12 +174,13 @@ class BN_Folder:
 
     @_public
     def fold(self,
-        model:nn.Module, # Any model, in any mode
+        model:nn.Module, # Any model, in any mode, or an exported program
         sample=None, # What to call it with: a tuple is positional arguments, a dict keyword arguments; None to make one up
         inplace:bool=False, # Fold `model` itself? The default folds a copy
         samples=None, # Several of them, where one does not show all that the model may do
     )->nn.Module: # The folded copy, or `model` itself
         "Fold all norms of `model` that can go. Raises `FoldError` if it cannot be run or edited; `model` is then as it was."
+        if is_program(model): return self._fold_program(model, sample, samples, inplace)[0]
         target = check_model(model)
         parts = _parts(target, self.keep)
         if not inplace: target = copy_model(target)
@@ -219,6 +222,19 @@ def refold(self:BN_Folder)->FoldPlan: # What was folded now
 @patch
 def _back(self:BN_Folder):
     while self._undo: self._undo.pop().restore()
+
+# %% ../nbs/11_fold.ipynb #5a1c6002
+@patch
+def _fold_program(self:BN_Folder, program, sample, samples, inplace=False):
+    "`program` folded, and the plan of that."
+    if inplace: raise FoldError("A program is never changed in place: take the one that `fold(program)` returns.")
+    if self.channels_last or self.keep: raise FoldError("`channels_last` and `keep` are for models: the formats of an exported program are fixed, and nothing inside it has a name.")
+    l = lift(program)
+    self.fold(l.model, inputs_of(program) if sample is None and samples is None else sample, inplace=True, samples=samples)
+    plan,self._undo,self._last = self.result,[],None
+    plan.kept,plan.changed = [k for k in plan.kept if k.norm]+l.kept,[] # what has no name are calls that were not lifted
+    plan.notes = [o for o in plan.notes if not o.startswith('Weights are computed')] # in no layer, but in the graph
+    return lower(l),plan
 
 # %% ../nbs/11_fold.ipynb #5a1c0f34
 @patch

@@ -240,10 +240,12 @@ def by_size(self:Sample,
     "One item and a batch, as far as `model` takes them."
     n = n or self.batch
     if not self.batch or n<2: return {'1 item': self}
-    many,one = self if n==self.batch else self.items(n),self.items()
-    try: one.run(model)
-    except Exception: return {f'batch of {n}': many}
-    return {'1 item': one, f'batch of {n}': many}
+    def takes(s):
+        try: s.run(model)
+        except Exception: return s is self # whoever runs it next shall hear of it
+        return True
+    sizes = {'1 item':self.items(), f'batch of {n}':self if n==self.batch else self.items(n)}
+    return {k:s for k,s in sizes.items() if takes(s)} or {f'batch of {self.batch}':self}
 
 # %% ../nbs/02_sample.ipynb #979583ff
 def _is_free(t): return isinstance(t, Tensor) and t.dim()>0 and is_dense(t)
