@@ -1,5 +1,5 @@
 "Exported programs in, exported programs out: what folds in a graph, what stays as it was, and where the program goes afterwards."
-import copy, importlib, io
+import copy, importlib, io, json, pickle, zipfile
 import pytest, timm, torch, torchvision
 import torch.nn.functional as F
 from torch import nn
@@ -11,6 +11,7 @@ from fasterfold.sample import Sample,tensors_of
 from fasterfold.state import FoldError,copy_model
 from helpers import Fn,eps_of,names_of,randomize_norms
 from learners import KINDS
+from test_cli import assert_refused,call,tree
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -271,12 +272,10 @@ def test_samples():
 
 def pt2e():
     "`prepare_pt2e`, `convert_pt2e` and a quantizer, wherever they are installed."
-    for home in ('torchao.quantization.pt2e','torch.ao.quantization'):
-        try:
-            m = importlib.import_module(f'{home}.quantize_pt2e')
-            q = importlib.import_module(f'{home}.quantizer.x86_inductor_quantizer')
+    for home,at in ('torchao.quantization.pt2e','torchao.testing.pt2e._xnnpack_quantizer'),('torch.ao.quantization','torch.ao.quantization.quantizer.xnnpack_quantizer'):
+        try: m,q = importlib.import_module(f'{home}.quantize_pt2e'),importlib.import_module(at)
         except ImportError: continue
-        return m.prepare_pt2e,m.convert_pt2e,q.X86InductorQuantizer().set_global(q.get_default_x86_inductor_quantization_config())
+        return m.prepare_pt2e,m.convert_pt2e,q.XNNPACKQuantizer().set_global(q.get_symmetric_quantization_config())
     pytest.skip('needs torchao')
 
 @pytest.mark.timeout(900)
@@ -303,3 +302,88 @@ def test_compiled_ahead():
     assert norms_in(lowered)==['4']
     assert_right(model, lowered, (torch.randn(5, 3, 8, 8),))
     assert not copy.deepcopy(lowered.graph).find_nodes(op='call_module')
+
+# ---- On the command line
+
+@pytest.fixture(scope='module')
+def box(tmp_path_factory):
+    "A folder with a program that has three norms, of which one stays"
+    path = tmp_path_factory.mktemp('programs')
+    torch.manual_seed(0)
+    model,xs = small()
+    torch.export.save(exported(model, xs, dynamic_shapes=dims(xs)), path/'model.pt2')
+    torch.export.save(exported(model, xs), path/'fixed.pt2')
+    return path
+
+def test_fold_on_the_command_line(box, tmp_path):
+    before,out = tree(box),tmp_path/'folded.pt2'
+    res = call('fold', box/'model.pt2', '-o', out, '--report', tmp_path/'report.html')
+    assert res.exit_code==0 and 'Folded 2 of 3 normalization layers' in res.stdout and 'read back, it computes the same' in res.stdout, res.output
+    folded,model = torch.export.load(out),torch.export.load(box/'model.pt2')
+    assert norms_in(folded)==['4'] and {o.name for o in tmp_path.iterdir()}=={'folded.pt2','report.html'}
+    x = torch.randn(5, 3, 8, 8)
+    assert distance(outs(folded.module(), (x,)), outs(model.module(), (x,)))<1e-5
+    assert_refused(call('fold', box/'model.pt2', '-o', out), '--force')
+    assert_refused(call('fold', box/'model.pt2', '-o', box/'model.pt2', '--force'), 'never overwritten')
+    for a,b in ('model.pt2','folded.pkl'),('model.pt2','folded.safetensors'),('export.pkl','other.pt2'):
+        assert_refused(call('fold', box/a, '-o', tmp_path/b, '--trust'), 'let both names end in .pt2')
+    assert tree(box)==before
+
+def test_plan_and_bench(box):
+    res = json.loads(call('plan', box/'model.pt2', '--json').stdout)
+    assert res['norms']==dict(found=3, folded=2, kept=1)
+    for name,sizes in ('model',['1 item','batch of 4']),('fixed',['batch of 2']):
+        res = call('bench', box/f'{name}.pt2', '--batch', '4', '--json')
+        assert res.exit_code==0 and [*json.loads(res.stdout)['latency']]==sizes, res.output
+    assert_refused(call('plan', box/'model.pt2', '--sample', box/'model.pt2'), 'leave --sample out')
+
+def test_check_programs(box, tmp_path):
+    call('fold', box/'model.pt2', '-o', tmp_path/'folded.pt2')
+    for file,n in (box/'model.pt2',3),(tmp_path/'folded.pt2',1):
+        for norms,code in (0,1),(n-1,1),(n,0),(n+1,0):
+            res = call('check', file, '--norms', norms, '--json')
+            got = json.loads(res.stdout)
+            assert res.exit_code==code and got['norms']==dict(left=n, allowed=norms) and got['input']==str(file)
+            assert {o['norm'] for o in got['left']}==({'1','4','7'} if n==3 else {'4'}) and all(o['reason'] for o in got['left'])
+    res = call('check', tmp_path/'folded.pt2')
+    assert res.exit_code==1 and '1 norm is left, 0 are allowed.' in res.stdout and 'does not let a shift pass' in res.stdout
+
+def test_check_what_cannot_be_planned(tmp_path):
+    torch.export.save(exported(Fn(branch, **conv_norm()).eval(), images(8)), tmp_path/'branch.pt2')
+    torch.export.save(exported(net(conv(), nn.ReLU()), images(8)), tmp_path/'none.pt2')
+    res = call('check', tmp_path/'branch.pt2')
+    assert res.exit_code==1 and 'a graph inside its graph' in res.stdout
+    res = call('check', tmp_path/'none.pt2')
+    assert res.exit_code==0 and '0 norms are left' in res.stdout
+
+def test_check_onnx(tmp_path):
+    pytest.importorskip('onnxscript')
+    torch.manual_seed(0)
+    model,xs = small()
+    torch.onnx.export(BN_Folder().fold(model, xs), xs, tmp_path/'model.onnx', dynamo=True, verbose=False)
+    for norms,code in (0,1),(1,0):
+        res = call('check', tmp_path/'model.onnx', '--norms', norms, '--json')
+        assert res.exit_code==code and json.loads(res.stdout)['left']==[dict(norm='4', reason='')], res.output
+
+def test_check_learners(tmp_path):
+    learn = KINDS['vision'](tmp_path)
+    randomize_norms(learn.model)
+    learn.export(tmp_path/'export.pkl')
+    n = BN_Folder().plan(learn.model).calls
+    res = call('check', tmp_path/'export.pkl', '--trust', '--json')
+    assert res.exit_code==1 and json.loads(res.stdout)['norms']==dict(left=n, allowed=0) and n>0
+    assert call('check', tmp_path/'export.pkl', '--trust', '--norms', n).exit_code==0
+    assert_refused(call('check', tmp_path/'export.pkl'), '--trust')
+
+class Harmful:
+    def __reduce__(self): return exec, ("raise SystemExit('ran')",)
+
+def test_check_refuses(box, tmp_path):
+    for name in 'half.pt2','half.onnx': (tmp_path/name).write_bytes((box/'model.pt2').read_bytes()[:1000])
+    assert_refused(call('check', tmp_path/'none.pt2'), 'does not exist')
+    assert_refused(call('check', tmp_path/'half.pt2'), 'torch.export.save')
+    assert_refused(call('check', tmp_path/'half.onnx'), 'ONNX')
+    with zipfile.ZipFile(box/'model.pt2') as old, zipfile.ZipFile(tmp_path/'odd.pt2', 'w') as new:
+        for o in old.namelist(): new.writestr(o, old.read(o))
+        new.writestr('model/data/constants/opaque_obj_0', pickle.dumps(Harmful()))
+    assert_refused(call('check', tmp_path/'odd.pt2'), '--trust')
