@@ -197,8 +197,6 @@ def _lift_act(l, n):
     _put(l.model, l.acts[n.name], GraphActivation(n.target, n.args[1:]))
     _call_instead(n, l.acts[n.name])
 
-
-
 # %% ../nbs/10_program.ipynb #79b94406
 def _drop_unread(l):
     "Let the model read no weight that it does not use, and have none that it does not read."
