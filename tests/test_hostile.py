@@ -290,8 +290,8 @@ OUTPUTS = {'own dict':lambda y: Named(a=y), 'nested':lambda y: Named(a=[Named(b=
     'dict with attributes':lambda y: with_attribute(Named(k=1), y), 'list with attributes':lambda y: with_attribute(UserList([1]), y),
     'tensor with attributes':lambda y: with_attribute(torch.zeros(2), y), 'namespace':lambda y: SimpleNamespace(a=y), 'queue':lambda y: deque([y]),
     'views':lambda y: {'a':y}.values(), 'one in a set':lambda y: {y}, 'proxy':lambda y: MappingProxyType({'a':y}), 'objects':lambda y: np.array([y,None], dtype=object),
-    'float':lambda y: y.mean().item(), 'floats':lambda y: {'a':y.numpy().ravel().tolist()}, 'scalar':lambda y: [*y.numpy()[0,0,0]],
-    'complex number':lambda y: complex(y.mean(), 1), 'frame':lambda y: DataFrame(y[0,0].numpy()), 'sparse':lambda y: y.to_sparse(),
+    'float':lambda y: y.double().mean().item(), 'floats':lambda y: {'a':y.numpy().ravel().tolist()}, 'scalar':lambda y: [*y.numpy()[0,0,0]],
+    'complex number':lambda y: complex(y.double().mean(), 1), 'frame':lambda y: DataFrame(y[0,0].numpy()), 'sparse':lambda y: y.to_sparse(),
     'rows':lambda y: y[0,0].to_sparse_csr(), 'nested tensor':lambda y: torch.nested.nested_tensor(list(y)), 'function':lambda y: lambda: y,
     'partial':lambda y: partial(print, y), 'distribution':lambda y: torch.distributions.Normal(y, 1.), 'packed':lambda y: nn.utils.rnn.pack_sequence([*y[:,0]])}
 @pytest.mark.parametrize('kind', OUTPUTS)
