@@ -123,9 +123,13 @@ class Fold:
         self.folder.fold(model, samples=self.samples, inplace=True)
         self.plan,self.back = self.folder.result,noop
         if norm is None: return
-        renamed(self.plan, why)
-        learn.model,self.back = left(model, norm),without_norm(learn.dls)
-        if learn.model is not self.model: learn.splitter = trainable_params # which knows nothing of positions
+        try:
+            renamed(self.plan, why)
+            learn.model,self.back = left(model, norm),without_norm(learn.dls)
+            if learn.model is not self.model: learn.splitter = trainable_params # which knows nothing of positions
+        except BaseException:
+            self.undo()
+            raise
 
     def undo(self):
         self.folder.undo()

@@ -135,6 +135,15 @@ def test_all_of_it_may_stay(tmp_path):
     assert 'with a first layer, `normalize`' in str(report) and '`0.model.head.norm` did not run' in report.plan.kept[0].reason
     assert distance([learn.get_preds()[0]], [preds])<1e-5 and not [*learn.model.normalize.parameters()]
 
+def test_whatever_goes_wrong_afterwards(tmp_path, monkeypatch):
+    learn = trained(tmp_path)
+    before = everything(learn)
+    for broken in ('without_norm','left','renamed'):
+        with monkeypatch.context() as m, pytest.raises(ZeroDivisionError):
+            m.setattr(f'fasterfold.learner.{broken}', lambda *args: 1/0)
+            learn.fold_bn(normalize=True)
+        assert same(everything(learn), before) and len(norms_of(learn))==2
+
 class Own(Normalize): pass
 
 def test_what_is_refused(tmp_path):
