@@ -1,8 +1,9 @@
 "Parts of a folded model: which of them return other values than before, and those that shall not."
-import re
+import re, subprocess, sys, warnings
 from functools import partial
+from pathlib import Path
 import pytest, timm, torch, torchvision
-from fastai.vision.all import CategoryBlock,Resize,vision_learner
+from fastai.vision.all import CategoryBlock,ConvLayer,Learner,Resize,accuracy,vision_learner
 from torch import nn
 from fasterfold.all import BN_Folder,FoldError
 from fasterfold.proof import distance
@@ -235,3 +236,37 @@ def test_a_body_that_stays_is_not_spoken_of(tmp_path):
     learn = train(KINDS['vision'], tmp_path)
     plan = learn.fold_plan()
     assert '0' not in plan.changed and 'other values' not in str(plan)
+
+def forward_only(path):
+    "A learner whose norms can only go forward, the last one of its body into the head."
+    def layer(ni, nf): return ConvLayer(ni, nf, stride=2, padding=0, bn_1st=False)
+    body = nn.Sequential(layer(3,8), layer(8,16), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return Learner(images(path, CategoryBlock), nn.Sequential(body, nn.Linear(16, 10)), metrics=accuracy, path=path)
+
+def day_after(path):
+    "What a new process does with a folded learner whose body was kept."
+    learn,x = forward_only(path),torch.load(path/'x.pt')
+    learn.load('folded')
+    with torch.no_grad(): torch.save([learn.model.eval()[0](x),learn.model(x)], path/'outs.pt')
+    for said in (1,0):
+        with learn.no_bar(), warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter('always')
+            learn.fit(1, 1e-3)
+        assert len([o for o in told if 'without its norms' in str(o.message)])==said
+    try: learn.unfold()
+    except FoldError as e: assert 'loaded from a file that was folded already' in str(e)
+    else: raise AssertionError('unfolded')
+
+def test_the_day_after(tmp_path):
+    learn = train(forward_only, tmp_path)
+    randomize_norms(learn.model)
+    x = learn.dls.valid.one_batch()[0].as_subclass(torch.Tensor)
+    with torch.no_grad(): want = [learn.model.eval()[0](x),learn.model(x)]
+    learn.fold_bn(keep='0').save('folded')
+    torch.save(x, tmp_path/'x.pt')
+    done = subprocess.run([sys.executable, '-W', 'ignore', __file__, tmp_path], capture_output=True, text=True)
+    assert done.returncode==0, done.stderr
+    assert distance(torch.load(tmp_path/'outs.pt'), want)<1e-5
+    assert [k.norm for k in learn.fold_plan(keep='0').kept]==['0.1.2'] and count_norm_calls(learn.model, x)==1
+
+if __name__=='__main__': day_after(Path(sys.argv[1]))
