@@ -21,9 +21,9 @@ def of_learner(name):
         return learn.model,tuple(t.as_subclass(torch.Tensor).double() if t.is_floating_point() else t for t in learn.dls.one_batch()[:learn.dls.n_inp])
     return make
 
-MODELS = {k:of_timm(k) for k in 'resnet18 resnetv2_18 convmixer_768_32 swiftformer_xs mobileone_s0 repvgg_a0 fastvit_t8 xception41p ghostnet_050 hrnet_w18_small'.split()}
-MODELS |= {k:of_timm(k, 224) for k in ('visformer_tiny','levit_128s','xcit_nano_12_p16_224')}
-MODELS |= {k:of_torchvision(k) for k in ('densenet121','mobilenet_v3_small','squeezenet1_1','shufflenet_v2_x0_5','googlenet')}
+MODELS = {k:of_timm(k) for k in 'resnet18 resnetv2_18 convmixer_768_32 swiftformer_xs repvgg_a0 ghostnet_050'.split()}
+MODELS |= {k:of_timm(k, 224) for k in ('visformer_tiny','levit_128s')}
+MODELS |= {k:of_torchvision(k) for k in ('densenet121','mobilenet_v3_small','squeezenet1_1','shufflenet_v2_x0_5')}
 MODELS |= {f'learner_{k}':of_learner(k) for k in ('unet','tabular','tabular_all_options','siamese','collab')}
 
 @pytest.mark.filterwarnings('ignore:The default weight initialization')
@@ -42,7 +42,7 @@ def test_what_is_told_is_what_changed(name):
 
 # What shall not
 
-KEEPS = [('visformer_tiny','forward_features',0), ('convmixer_768_32','forward_features',1), ('swiftformer_xs','forward_features',0), ('convmixer_768_32','forward_intermediates',32),
+KEEPS = [('visformer_tiny','forward_features',0), ('convmixer_768_32','forward_features',1), ('swiftformer_xs','forward_features',0),
     ('resnetv2_18','stages.1',2), ('levit_128s','stages.0.blocks.0',0), ('learner_unet','layers.0.4',0), ('learner_tabular','layers.0',1), ('learner_siamese','body',0)]
 
 @pytest.mark.parametrize('name,part,price', KEEPS)
