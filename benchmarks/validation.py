@@ -48,15 +48,16 @@ class TimedFolding(FoldedValidation):
     def __init__(self):
         super().__init__()
         self.cost = []
-    def _fold(self):
-        start = perf_counter()
-        undo = super()._fold()
-        took = perf_counter()-start
-        def _undo():
+    def around(self, batches):
+        inside = 0
+        def _batches():
+            nonlocal inside
             start = perf_counter()
-            undo()
-            self.cost.append(took+perf_counter()-start)
-        return _undo
+            batches()
+            inside = perf_counter()-start
+        start = perf_counter()
+        super().around(_batches)
+        self.cost.append(perf_counter()-start-inside)
 
 class Turns(Callback):
     "Fold at every other validation, pairs of them in turned order, and keep the seconds that each took: `seconds`"
