@@ -31,17 +31,18 @@ LEARNERS = dict(densenet=lambda path: vision_learner(images(path, CategoryBlock)
 
 def plain(ts): return tuple(t.as_subclass(torch.Tensor) for t in ts) # of a class of fastai's they could not be read as mere weights
 
+LOADS = ('with_opt','fresh'),('without','otherwise'),('with_opt','folded')
+
 def load_all(path):
     "What a new process does: build each learner, fresh and trained otherwise, and load."
     for name,make in LEARNERS.items():
         x = torch.load(path/f'{name}.x')
-        for file in ('with_opt','without'):
-            for way in ('fresh','otherwise','folded'):
-                learn = make(path)
-                if way!='fresh': trained(learn.model, 2)
-                if way=='folded': learn.fold_bn()
-                learn.load(f'{name}_{file}')
-                torch.save(dict(outs=plain(run(learn.model.eval(), x)), norms=norms(learn.model), state=learn.model.state_dict()), path/f'{name}_{file}_{way}.res')
+        for file,way in LOADS:
+            learn = make(path)
+            if way!='fresh': trained(learn.model, 2)
+            if way=='folded': learn.fold_bn()
+            learn.load(f'{name}_{file}')
+            torch.save(dict(outs=plain(run(learn.model.eval(), x)), norms=norms(learn.model), state=learn.model.state_dict()), path/f'{name}_{file}_{way}.res')
 
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
@@ -63,8 +64,7 @@ def saved(tmp_path_factory):
     return path,res
 
 @pytest.mark.xdist_group('load')
-@pytest.mark.parametrize('way', ['fresh','otherwise','folded'])
-@pytest.mark.parametrize('file', ['with_opt','without'])
+@pytest.mark.parametrize('file,way', LOADS)
 @pytest.mark.parametrize('name', LEARNERS)
 def test_learners_load(saved, name, file, way):
     path,res = saved

@@ -56,8 +56,8 @@ def freezing(learn):
     learn.freeze()
     fit(learn)
 
-@pytest.mark.parametrize('after', [nothing,training,looking_for_a_rate,using,folding_for_a_while,freezing])
-@pytest.mark.parametrize('how', [by_report,by_line,twice,by_callback])
+AFTERS,HOWS = [nothing,training,looking_for_a_rate,using,folding_for_a_while,freezing],[by_report,by_line,twice,by_callback]
+@pytest.mark.parametrize('how,after', [(by_line,o) for o in AFTERS]+[(o,training) for o in HOWS if o is not by_line])
 def test_unfold(how, after, tmp_path):
     "Bit for bit what it was, the same objects, with the optimizer and its state; and trains and folds on as if nothing had been."
     learn = train(KINDS['plain_learner'], tmp_path)
