@@ -97,9 +97,10 @@ def contradicted(
     read = {v.names[0] for v in graph.leaves if not gone.issuperset(v.users)}
     left = {n for m in plan.removed if m in ran and m not in there.removed for n in graph.modules[m]}
     left |= {n for m,ns in there.apart.items() if m not in plan.apart for n in ns} # by an activation that would have to stop working in place
+    dumb = {o.norm for o in there.kept if 'empty' in o.reason} # on nothing, a norm shows nothing
     def same(a, b): return a.keys()==b.keys() and all(_close(a[k], b[k]) for k in a)
     def seen(maps): return {k:a for k,a in maps.items() if k in read}
-    return [n for n in ours if n in left or not same(seen(ours[n]), seen(theirs.get(n, {})))]
+    return [n for n in ours if n not in dumb and (n in left or not same(seen(ours[n]), seen(theirs.get(n, {}))))]
 
 # %% ../nbs/07_cover.ipynb #fa0fd302
 def _images(sample):

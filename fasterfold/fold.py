@@ -143,8 +143,8 @@ class BN_Folder:
         self.result,self.formats,self._undo,self._last,self._whole,self._more = None,{},[],None,None,{}
 
     def __repr__(self):
-        keep = [k if isinstance(k, str) else type(k).__name__ for k in _listed(self.keep)]
-        return f"{type(self).__name__}({', '.join([*[f'{k}={getattr(self, k)!r}' for k in _values], f'keep={keep}'])})"
+        keep = self.keep if isinstance(self.keep, str) else tuple(k if isinstance(k, str) else type(k).__name__ for k in _listed(self.keep))
+        return f"{type(self).__name__}({', '.join([*[f'{k}={getattr(self, k)!r}' for k in _values], f'keep={keep!r}'])})"
     def __getstate__(self): return vars(self) | dict(_undo=[], _last=None, _whole=None, _more={}) # the model it folded stays here
 
     @_public

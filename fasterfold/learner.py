@@ -218,6 +218,7 @@ def fold(self:Learner,
     **kwargs
 )->FoldReport: # What it changed
     "Fold the norms of `model` in place, and report on norms, size, latency and metrics."
+    BN_Folder(**kwargs) # to hear of a wrong option before a validation
     with _as_it_was(self):
         before,fold = _scores(self),Fold(self, sample, normalize, copied=True, **kwargs)
         try:
@@ -339,7 +340,9 @@ class FoldedValidation(_AtHome):
     def after_fit(self): self.folder = None
 
     @whole
-    def around(self, batches):
+    def around(self,
+        batches, # Function that goes through them
+    ):
         "Call `batches` while the model is folded."
         folder = self.folder or BN_Folder()
         if self.folder: folder.refold()

@@ -30,10 +30,10 @@ def grays(path, norm):
 def rgb(path, norm, *augmented, **kwargs): return images(path, CategoryBlock, batch_tfms=[*augmented,norm], **kwargs)
 
 LEARNERS = dict( # the learner, and whether something is left in front
-    resnet=(lambda path: vision_learner(rgb(path, normalizing(), *aug_transforms(), n=40), resnet18, pretrained=False, normalize=False, metrics=accuracy), True),
-    timm=(lambda path: vision_learner(rgb(path, normalizing(), n=40), 'resnet10t', pretrained=False, normalize=False, metrics=accuracy), True),
-    convnext=(lambda path: Learner(rgb(path, normalizing(), n=32), timm.create_model('convnext_atto', num_classes=10), metrics=accuracy), False),
-    vit=(lambda path: Learner(rgb(path, normalizing(), n=32), timm.create_model('vit_tiny_patch16_224', img_size=32, num_classes=10), metrics=accuracy), False),
+    resnet=(lambda path: vision_learner(rgb(path, normalizing(), *aug_transforms(), n=60), resnet18, pretrained=False, normalize=False, metrics=accuracy), True),
+    timm=(lambda path: vision_learner(rgb(path, normalizing(), n=60), 'resnet10t', pretrained=False, normalize=False, metrics=accuracy), True),
+    convnext=(lambda path: Learner(rgb(path, normalizing(), n=60), timm.create_model('convnext_atto', num_classes=10), metrics=accuracy), False),
+    vit=(lambda path: Learner(rgb(path, normalizing(), n=60), timm.create_model('vit_tiny_patch16_224', img_size=32, num_classes=10), metrics=accuracy), False),
     patches=(lambda path: Learner(rgb(path, normalizing()), Patches(), metrics=accuracy), False),
     one_channel=(lambda path: Learner(grays(path, normalizing(1)), SimpleCNN([1,16,32,10]), metrics=accuracy), True),
     unet=(lambda path: unet_learner(images(path, MaskBlock(codes=['paper','ink']), n=24, bs=8, get_y=mask, batch_tfms=normalizing()), resnet18, pretrained=False,
@@ -127,7 +127,7 @@ def test_without_fasterfold(tmp_path):
 
 def test_all_of_it_may_stay(tmp_path):
     "A body of timm's in a fastai learner has a head that never runs, and might read what it reads."
-    learn = vision_learner(rgb(tmp_path, normalizing(), n=32), 'convnext_atto', pretrained=False, normalize=False)
+    learn = vision_learner(rgb(tmp_path, normalizing(), n=60), 'convnext_atto', pretrained=False, normalize=False)
     randomize_norms(learn.model)
     preds = learn.get_preds()[0]
     with learn.no_bar(): report = learn.fold(normalize=True)
