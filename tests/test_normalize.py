@@ -1,7 +1,7 @@
 "The normalization of images that the loaders do, folded into the model."
 import subprocess, sys
 from pathlib import Path
-import pytest, timm, torch
+import matplotlib.pyplot as plt, pytest, timm, torch
 from fastai.vision.all import (CategoryBlock,DataBlock,DiceMulti,ImageBlock,Learner,MaskBlock,Normalize,PILImageBW,RandomSplitter,SimpleCNN,accuracy,
     aug_transforms,imagenet_stats,load_learner,resnet18,unet_learner,vision_learner)
 from torch import nn
@@ -66,6 +66,7 @@ def test_all_that_a_learner_does_is_as_before(name, tmp_path, monkeypatch):
     for a,b in zip(predicted(learn, tmp_path), preds): assert distance([a], [b])<2e-4
     monkeypatch.setattr('matplotlib.pyplot.show', lambda *a, **k: None)
     learn.show_results(max_n=2) # decodes
+    plt.close('all')
     raw = learn.dls.valid.one_batch()[0]
     assert 0<=raw.min() and raw.max()<=1
     learn.export('export.pkl')
