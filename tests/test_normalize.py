@@ -30,7 +30,8 @@ def grays(path, norm):
 def rgb(path, norm, *augmented, **kwargs): return images(path, CategoryBlock, batch_tfms=[*augmented,norm], **kwargs)
 
 LEARNERS = dict( # the learner, and whether something is left in front
-    resnet=(lambda path: vision_learner(rgb(path, normalizing(), *aug_transforms(), n=60), resnet18, pretrained=False, normalize=False, metrics=accuracy), True),
+    resnet=(lambda path: vision_learner(rgb(path, normalizing(), *aug_transforms(), n=60), resnet18,
+        pretrained=False, normalize=False, metrics=accuracy), True),
     timm=(lambda path: vision_learner(rgb(path, normalizing(), n=60), 'resnet10t', pretrained=False, normalize=False, metrics=accuracy), True),
     convnext=(lambda path: Learner(rgb(path, normalizing(), n=60), timm.create_model('convnext_atto', num_classes=10), metrics=accuracy), False),
     vit=(lambda path: Learner(rgb(path, normalizing(), n=60), timm.create_model('vit_tiny_patch16_224', img_size=32, num_classes=10), metrics=accuracy), False),
