@@ -44,7 +44,7 @@ def load_all(path):
             learn.load(f'{name}_{file}')
             torch.save(dict(outs=plain(run(learn.model.eval(), x)), norms=norms(learn.model), state=learn.model.state_dict()), path/f'{name}_{file}_{way}.res')
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def saved(tmp_path_factory):
     "Trained learners folded and saved, and what a new process got of the files."
     path,res = tmp_path_factory.mktemp('saved'),{}

@@ -27,7 +27,7 @@ def images(size, n=2): return torch.randn(n, 3, size, size),
 
 MODELS = dict(vision=lambda p: learner_model('vision', p), tabular=lambda p: learner_model('tabular', p), unet=lambda p: learner_model('unet', p),
     levit=lambda p: (timm.create_model('levit_128s'),images(224)), resnet18=lambda p: (torchvision.models.resnet18(),images(64)),
-    mobilenetv3=lambda p: (torchvision.models.mobilenet_v3_small(),images(64)), densenet=lambda p: (torchvision.models.densenet121(),images(64)))
+    mobilenetv3=lambda p: (torchvision.models.mobilenet_v3_small(),images(64)), densenet=lambda p: (torchvision.models.DenseNet(16, (4,4,4), 16),images(64)))
 SIZED = 'resnet18','mobilenetv3' # which take images of any size
 
 def dims(xs, sized=False):
@@ -305,7 +305,7 @@ def test_compiled_ahead():
 
 # ---- On the command line
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def box(tmp_path_factory):
     "A folder with a program that has three norms, of which one stays"
     path = tmp_path_factory.mktemp('programs')

@@ -15,7 +15,7 @@ from fasterfold.sample import Sample,awkward
 from helpers import *
 
 slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example, HealthCheck.filter_too_much]
-settings.register_profile('ci', max_examples=500, deadline=None, derandomize=True, database=None, suppress_health_check=slow)
+settings.register_profile('ci', max_examples=160, deadline=None, derandomize=True, database=None, suppress_health_check=slow)
 settings.register_profile('long', max_examples=20000, deadline=None, suppress_health_check=slow)
 settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'ci'))
 

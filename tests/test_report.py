@@ -30,7 +30,7 @@ class Stage(nn.Sequential):
         for m in list(self)[2:]: x = m(x)
         return x
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def deep():
     "A report on 500 norms in ten stages."
     model,sample = trained(nn.Sequential(*(Stage(50) for _ in range(10)))),torch.randn(2,2,3,3)

@@ -70,7 +70,7 @@ from fasterfold import latency as timed
 timed(nn.Linear(1, 1), seconds=None)
 '''
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def package(tmp_path_factory):
     "The package as it goes into a wheel."
     path = tmp_path_factory.mktemp('typed')
