@@ -37,7 +37,7 @@ class Deployed(nn.Module):
         nhwc:bool=False, # Has its first input the channels last?
     ):
         super().__init__()
-        self.model,self.last,self.nhwc = model,last,nhwc
+        self.model,self.last,self.nhwc,self.training = model,last,nhwc,model.training
         self.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
     def forward(self, *args):
@@ -65,6 +65,7 @@ def _items(args, n):
     "`n` items of `args`, again from the first one where there are no more."
     return tuple(t.index_select(0, torch.arange(n)%len(t)) for t in args)
 
+# %% ../nbs/17_export.ipynb #5a1c9030
 def _takes(model, args):
     try: Sample(model.laid(args)).run(model)
     except Exception: return False
@@ -76,6 +77,18 @@ def _tests(model, args):
     if Sample(args).batch is None: return {'': [args]}
     batches = [args, _items(args, 1), _items(args, len(args[0])+1)]
     return ({'sizes': batches+sizes} if sizes else {}) | {'batch': batches, '': batches[1:2]}
+
+# %% ../nbs/17_export.ipynb #5a1c9031
+def _values(program, op):
+    "What `program` takes ('placeholder') or returns ('output'), as tensors without numbers."
+    sig = program.graph_signature
+    vals = {n.name:n.meta.get('val') for n in program.graph.nodes}
+    return [vals[k] for k in (sig.user_inputs if op=='placeholder' else sig.user_outputs)]
+
+_symbol = re.compile(r's\d+')
+def _named(n, sizes):
+    res = _symbol.sub(lambda m: sizes.get(m[0], m[0]), str(n))
+    return int(res) if res.isdigit() else res
 
 # %% ../nbs/17_export.ipynb #5a1c9013
 def _names_of(t, nhwc):
@@ -96,25 +109,15 @@ def _program(model, args, what):
     if fixed := [n for ds,t in zip(dims, _values(res, 'placeholder')) for d in ds if str(n := t.shape[d]).isdigit()]: raise _Fixed(f"a size has to be {fixed[0]}")
     return res,{n:k for n,k in found.items() if not n.isdigit()}
 
-def _values(program, op):
-    "What `program` takes ('placeholder') or returns ('output'), as tensors without numbers."
-    sig = program.graph_signature
-    vals = {n.name:n.meta.get('val') for n in program.graph.nodes}
-    return [vals[k] for k in (sig.user_inputs if op=='placeholder' else sig.user_outputs)]
-
-_symbol = re.compile(r's\d+')
-def _named(n, sizes):
-    res = _symbol.sub(lambda m: sizes.get(m[0], m[0]), str(n))
-    return int(res) if res.isdigit() else res
-
-# %% ../nbs/17_export.ipynb #5a1c9016
-def _needed(e): return FoldError(f"ONNX files need the package {e.name}: pip install fasterfold[onnx]")
-
+# %% ../nbs/17_export.ipynb #5a1c9032
 def _write_pt2(program, path, meta, sizes):
     with open(path, 'wb') as f: interruptible(torch.export.save, program, f, extra_files={'metadata.json': json.dumps(meta)})
 
 def _run_pt2(path):
     with open(path, 'rb') as f: return torch.export.load(f).module()
+
+# %% ../nbs/17_export.ipynb #5a1c9033
+def _needed(e): return FoldError(f"ONNX files need the package {e.name}: pip install fasterfold[onnx]")
 
 def _write_onnx(program, path, meta, sizes):
     try: import onnx, onnxscript # both are asked for by the exporter, chkstyle: ignore
@@ -135,6 +138,7 @@ def _run_onnx(path):
     names = [o.name for o in session.get_inputs()]
     return lambda *xs: [torch.from_numpy(o) for o in session.run(None, {k:x.numpy() for k,x in zip(names, xs)})]
 
+# %% ../nbs/17_export.ipynb #5a1c9034
 FORMATS = {'.onnx': (_write_onnx,_run_onnx,'ONNX Runtime'), '.pt2': (_write_pt2,_run_pt2,'PyTorch')}
 
 # %% ../nbs/17_export.ipynb #5a1c9020
@@ -181,6 +185,7 @@ class Exported:
         first,*rest = [f'<p>{html.escape(o)}</p>' for o in (*self._lines, *self.plan.notes)]
         return styled(first, html_table(self._table, left=(1,2,3)), *rest)
 
+# %% ../nbs/17_export.ipynb #5a1c9035
 def _compared(runs, before, args):
     "How far what `runs` is from `before`."
     sample = Sample(before.laid(args))
@@ -198,6 +203,7 @@ def _written(path, suffix, before, after, what, tests, names, about):
     run = read(path)
     return meta,max((_compared(run, before, o) for o in tests), key=lambda p: (not p.ok,p.diff)),[str(Sample(after.laid(o))) for o in tests]
 
+# %% ../nbs/17_export.ipynb #5a1c9036
 @whole
 def write_file(
     path:str|Path, # File to write, .onnx or .pt2
@@ -230,6 +236,7 @@ def _steps_of(dl, skip=()):
     idle = lambda f: getattr(f, 'split_idx', None)==0 or getattr(f, 'size', True) is None # only for training
     return [' '.join(f.name.split()) for f in fs if not idle(f) and not isinstance(f, skip)]
 
+# %% ../nbs/17_export.ipynb #5a1c9037
 def _pixel_norm(learn, dl, batch, uint8):
     "What the file has to do to images as a `Normalize`."
     fs = getattr(getattr(dl, 'after_batch', None), 'fs', ())
@@ -241,18 +248,7 @@ def _pixel_norm(learn, dl, batch, uint8):
     norm = loader_norm(learn.dls, batch, len(batch)) if any(isinstance(f, Normalize) for f in fs) else Normalize(zero, zero+1)
     return Normalize(norm.mean.cpu()*div, norm.std.cpu()*div)
 
-def _with_pixels(learn, dl, model, folder, batch, uint8):
-    "`model` behind the normalization of images, the same folded, and inputs of both."
-    norm = _pixel_norm(learn, dl, batch, uint8)
-    before,args,x = Normalized(model, norm, batch[0][:0]).eval(),_inputs(learn, dl, (object,) if uint8 else (Normalize,)),batch[0]
-    same = args[0].shape==x.shape and distance([before.normalize(args[0].to(x.dtype))], [x])<1e-3
-    if not same or uint8!=(args[0].dtype==torch.uint8): raise FoldError("The loaders do more to a batch of images than a file can do: have it done to each item "
-        f"(`item_tfms`), or leave out `normalize` and `uint8`. They do: {', '.join(_steps_of(dl))}.")
-    front,samples,why = in_front(folder, _plain(model), norm, [Sample(batch)])
-    folder.fold(front, samples=samples, inplace=True)
-    renamed(folder.result, why, "The file normalizes images: it does so")
-    return before,left(front, norm),args
-
+# %% ../nbs/17_export.ipynb #5a1c9038
 def _plain(model):
     "A copy of `model` on the CPU, without fastai's `ToTensorBase`, which sets the type of a U-Net's result and cannot be exported."
     res = copy_model(model).cpu().eval()
@@ -263,6 +259,20 @@ def _inputs(learn, dl, skip=()):
     "What the model gets of the first batch of `dl`, as plain tensors on the CPU, without transforms of batches of the kinds `skip`."
     return Sample(inputs_in(learn, batch_of(dl, skip=skip))).map(lambda t: t.as_subclass(torch.Tensor).cpu()).args
 
+# %% ../nbs/17_export.ipynb #5a1c9040
+def _with_pixels(learn, dl, model, folder, batch, uint8):
+    "`model` behind the normalization of images, the same folded, and inputs of both."
+    norm = _pixel_norm(learn, dl, batch, uint8)
+    before,args,x = Normalized(model, norm, batch[0][:0]).eval(),_inputs(learn, dl, (object,) if uint8 else (Normalize,)),batch[0]
+    same = args[0].shape==x.shape and distance([before.normalize(args[0].to(x.dtype))], [x])<1e-5
+    if not same or uint8!=(args[0].dtype==torch.uint8): raise FoldError("The loaders do more to a batch of images than a file can do: have it done to each item "
+        f"(`item_tfms`), or leave out `normalize` and `uint8`. They do: {', '.join(_steps_of(dl))}.")
+    front,samples,why = in_front(folder, _plain(model), norm, [Sample(batch)])
+    folder.fold(front, samples=samples, inplace=True)
+    renamed(folder.result, why, "The file normalizes images: it does so")
+    return before,left(front, norm),args
+
+# %% ../nbs/17_export.ipynb #5a1c9039
 @patch
 @whole
 @delegates(BN_Folder)
@@ -287,4 +297,4 @@ def fold_export(self:Learner,
     done = (Normalize,IntToFloatTensor) if uint8 else (Normalize,) if normalize else ()
     about = dict(preprocessing=_steps_of(dl, done), **({} if (classes := getattr(dls, 'vocab', None)) is None else dict(classes=[*map(str, classes)])))
     last = getattr(self.loss_func, 'activation', noop)
-    return write_file(path, Deployed(before, last, nhwc).eval(), Deployed(after, last, nhwc).eval(), args, folder.result, **about)
+    return write_file(path, Deployed(before, last, nhwc), Deployed(after, last, nhwc), args, folder.result, **about)
