@@ -29,5 +29,5 @@ setup(cmdclass=dict(build_py=BuildWithStubs), version=cfg['version'], descriptio
     license_expression=cfg['license'], project_urls={'Repository': cfg['url']},
     classifiers=cfg['classifiers'].strip().splitlines(), python_requires=cfg['python'],
     install_requires=cfg['requirements'].split(),
-    extras_require={k: cfg[f'{k}_requirements'].split() for k in ('test', 'dev', 'bench')},
+    extras_require={k: cfg[f'{k}_requirements'].split() for k in ('test', 'dev', 'bench', 'onnx')},
     entry_points={'console_scripts': cfg['scripts'].split()})

@@ -94,6 +94,7 @@ _named = dict(folded='norm', kept='norm', stored='name')
 def renamed(
     plan, # `FoldPlan` of a `Normalized` model, changed
     why:str, # Why the shift stays, '' if it does not
+    who:str="The loaders no longer normalize images: the model does so", # And how it is said
 ): # The same
     "`plan` as that of the model within."
     def short(s): return re.sub(r'(^|(?<=`))model\.', '', s)
@@ -105,7 +106,7 @@ def renamed(
     for k in ('changed','stripped','notes','covers'): setattr(plan, k, [*map(short, getattr(plan, k))])
     stay = {o.norm for o in plan.kept}&{'normalize','divide'}
     if why: what = "a first layer, `normalize`" if 'divide' in stay else "a subtraction, its first layer `normalize`"
-    plan.notes.append(f"The loaders no longer normalize images: the model does so {f'with {what}' if why else 'in a first layer, `normalize`' if stay else 'within its own layers'}.")
+    plan.notes.append(f"{who} {f'with {what}' if why else 'in a first layer, `normalize`' if stay else 'within its own layers'}.")
     return plan
 
 # %% ../nbs/14_normalize.ipynb #5a1c7023
