@@ -300,9 +300,3 @@ def test_safetensors(tmp_path, quick):
     new = KINDS['plain_learner'](tmp_path)
     fold_like(new.model, tmp_path/'folded.safetensors')
     assert_same(state(new), state(learn))
-
-def test_memory_formats_are_reported(tmp_path, quick):
-    learn = train(KINDS['plain_learner'], tmp_path)
-    res = learn.fold(channels_last='auto')
-    assert set(res.formats)=={'contiguous','channels_last'}
-    assert f'keeps {min(res.formats, key=res.formats.get)}' in str(res) and json.loads(res.to_json())['formats']==res.formats
