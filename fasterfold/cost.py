@@ -155,7 +155,7 @@ def compare(
             if isinstance(m, nn.Module): stack.enter_context(preserved(m, partial(sample.call, m)))
         # the first call of each also sets up whatever PyTorch sets up once
         slowest = max(run(k, 0).median for k in models)
-        n = min(max(int(seconds/slowest/2), 3), 20)
+        n = min(max(int(seconds/slowest/2), 3), 10)
         for i in progress_bar(range(n), leave=False) if progress else range(n):
             for k in list(models)[::(-1)**i]: turns[k].append(run(k, seconds/n).times)
     return Comparison((k, Latency(k, o, threads, device)) for k,o in turns.items())

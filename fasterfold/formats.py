@@ -53,7 +53,7 @@ class Formats:
         samples:dict, # `Sample`s by what they are
     )->dict: # A `Comparison` for each
         "Time both formats in turns."
-        return {k:compare(dict(folded=model, channels_last=model), s, .3, ready=self.ready) for k,s in samples.items()}
+        return {k:compare(dict(folded=model, channels_last=model), s, seconds=.3, ready=self.ready) for k,s in samples.items()}
 
     def settle(self,
         last:bool, # `channels_last`? Else as they were

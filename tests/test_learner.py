@@ -35,6 +35,8 @@ def test_kind(name, tmp_path, quick):
     with learn.no_logging(): res = learn.fold()
     assert learn.model is model and learn.opt is None
     assert res.plan.folded
+    convs = [m.weight for m in learn.model.modules() if isinstance(m, torch.nn.Conv2d) and m.in_channels>1 and m.kernel_size!=(1,1)]
+    assert name=='channels_last' or {w.is_contiguous(memory_format=torch.channels_last) for w in convs}<={res.plan.format=='channels_last'}
     after = classes(learn)
     if torch.is_tensor(before) and not before.is_floating_point(): assert torch.equal(before, after)
     # the original's own rounding error is the measure for that of the folded model
