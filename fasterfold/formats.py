@@ -73,7 +73,9 @@ class Formats:
         spans = [a.interval(b) for a,b in both.values()]
         gains,costs = any(hi<1 for _,hi in spans),any(lo>1 for lo,_ in spans)
         times = ', '.join(f'{k}: {a.ratio(b):.2f}×' for k,(a,b) in both.items())
-        self.settle(last := self.must or gains and not costs, plan)
-        how = 'faster on some inputs and slower on others here' if gains and costs else f"{'' if gains else 'not '}faster here"
-        plan.notes = [*plan.notes, f"channels_last weights are {how} ({times} the time of folding alone): {'used' if last else 'kept as they were'}."]
+        how = {(True,False):'faster', (False,True):'slower', (True,True):'faster on some inputs and slower on others', (False,False):'not measurably faster'}[gains,costs]
+        better = gains and not costs
+        self.settle(better or self.must, plan)
+        then = 'used' if better else 'used, as asked for' if self.must else 'kept as they were'
+        plan.notes = [*plan.notes, f"channels_last weights are {how} here ({times} the time of folding alone): {then}."]
         self.latency = latency

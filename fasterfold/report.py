@@ -270,6 +270,7 @@ def report(
 )->FoldReport:
     "Compare `original` and `folded` in every respect but metrics, which need data."
     models,ready = dict(original=original, folded=folded),None
+    if formats and not formats.weights: formats = None # it is settled
     if formats: models,ready = models|dict(channels_last=folded),formats.ready
     latency = {k:compare(models, x, seconds, progress, ready) for k,x in samples.items()}
     if formats: formats.choose(latency, plan)
