@@ -160,10 +160,10 @@ def _fold(
             original,folder,(sample,),subject.model = fold.original,fold.folder,fold.samples,subject.whole.model
         else:
             folder = BN_Folder(**options)
+            folder.chooses = False # the report does
             original,_ = fold_subject(subject, folder, sample)
     step('Timing both')
-    res = report(original, unwrap(subject.model), folder.result, sample.by_size(unwrap(subject.model), batch))
-    res.formats = folder.formats
+    res = report(original, unwrap(subject.model), folder.result, sample.by_size(unwrap(subject.model), batch), formats=folder.formats)
     return res,sample
 
 def _print_report(

@@ -7,23 +7,22 @@ __all__ = ['BN_Folder', 'merge_blocks']
 
 # %% ../nbs/11_fold.ipynb #c189fc1a
 import torch
-from collections import Counter
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial, wraps
 from textwrap import shorten
 from fastcore.basics import patch, store_attr
 from torch import nn
-from torch.utils.benchmark import Timer
 from .constants import computing, explained, storable, store_weights, told_by_reason
 from .cover import Cover, describe, on_inputs, same_edits, widen
 from .edit import Snapshot, apply_plan, by_name
-from .interrupt import check, interruptible, whole
+from .formats import Formats, conv_weights
+from .interrupt import check, whole
 from .plan import FoldPlan, plan_folds
 from .program import inputs_of, is_program, lift, lower
 from .proof import Proof, compare_runs, distance, eps_of, largest, prove, run_as, to_double
 from .sample import Sample, part_named
-from .state import Contents, FoldError, Still, Structure, check_model, clock, copy_model, is_dense, own_modes, preserved, tensors_in, wide
+from .state import Contents, FoldError, Still, Structure, check_model, copy_model, own_modes, preserved, wide
 from .strip import strip_dropout, strip_identity, strip_unused, take_out
 from .trace import glance, trace
 
@@ -140,12 +139,12 @@ class BN_Folder:
         store_attr()
         for k in _values: _check_option(k, getattr(self, k))
         _listed(keep)
-        self.result,self.formats,self._undo,self._last,self._whole,self._more = None,{},[],None,None,{}
+        self.result,self.formats,self.chooses,self._undo,self._last,self._whole,self._more = None,None,True,[],None,None,{}
 
     def __repr__(self):
         keep = self.keep if isinstance(self.keep, str) else tuple(k if isinstance(k, str) else type(k).__name__ for k in _listed(self.keep))
         return f"{type(self).__name__}({', '.join([*[f'{k}={getattr(self, k)!r}' for k in _values], f'keep={keep!r}'])})"
-    def __getstate__(self): return vars(self) | dict(_undo=[], _last=None, _whole=None, _more={}) # the model it folded stays here
+    def __getstate__(self): return vars(self) | dict(formats=None, _undo=[], _last=None, _whole=None, _more={}) # the model it folded stays here
 
     @_public
     def plan(self,
@@ -185,7 +184,7 @@ class BN_Folder:
         parts = _parts(target, self.keep)
         if not inplace: target = copy_model(target)
         with self._all_or_nothing(target):
-            self._last,self.formats = None,{}
+            self._last,self.formats = None,None
             self.result = self._fold(target, _samples(target, sample, samples, parts))
         self._whole = model if inplace else target
         _list_buffers(self._whole)
@@ -215,7 +214,8 @@ def refold(self:BN_Folder)->FoldPlan: # What was folded now
         self.result = self._try(target, graph, dict(kept))
         if self.strip_dropout: strip_dropout(target, graph)
         take_out(target, before.stripped)
-    self.result.stripped,self.result.notes = before.stripped,before.notes
+        if before.format: Formats(conv_weights(target, graph), self._undo[-1]).use(True)
+    self.result.stripped,self.result.notes,self.result.format = before.stripped,before.notes,before.format
     _list_buffers(self._whole)
     return self.result
 
@@ -290,9 +290,7 @@ def _fold(self:BN_Folder, target, samples):
     plan = self._told(plan)
     if self.strip_dropout: strip_dropout(target, self._last[1])
     if self.strip_identity: plan.stripped,plan.notes[len(plan.notes):] = strip_identity(target, [t.sample for t in cover.trials], self.verify)
-    if self.channels_last:
-        self._undo.append(Snapshot(target)) # of the folded weights: the last to change is the first to go back
-        self.formats = _format(target, samples[0], self._undo[-1], self.channels_last=='auto')
+    if self.channels_last: self._format(target, cover, plan)
     return plan
 
 # %% ../nbs/11_fold.ipynb #5a1c0f60
@@ -502,17 +500,27 @@ def _merge(target, sample):
     if not ok: snap.restore()
 
 # %% ../nbs/11_fold.ipynb #5a1c0e08
-def _format(target, sample, snap, auto):
-    "Turn 4-D weights to channels_last; if `auto`, only if that is faster on the sample. Returns seconds by format."
-    how = dict(timer=partial(clock, sample.device), num_threads=torch.get_num_threads())
-    def seconds(): return interruptible(Timer('s.run(m)', globals=dict(m=target, s=sample), **how).blocked_autorange, min_run_time=.3).median
-    sample = Sample(sample.args, sample.kwargs) # the parts are not what takes time
-    before = seconds() if auto else None
-    stores = Counter(t.untyped_storage()._cdata for t in tensors_in(target) if is_dense(t)) # views of one memory stay that
-    old = [(p, p.data) for p in target.parameters() if p.dim()==4 and is_dense(p) and stores[p.untyped_storage()._cdata]==1]
-    for p,data in old: snap.swap(p, data.contiguous(memory_format=torch.channels_last))
-    if not auto: return {}
-    res = dict(contiguous=before, channels_last=seconds())
-    if res['channels_last']>=before:
-        for p,data in old: p.data = data
-    return res
+def _unlike(
+    proof:Proof, # One that failed
+    main, # The `Trial` of the user's sample
+):
+    if proof.error: return f"the folded model does not run with them ({shorten(proof.error, 160, placeholder=' …')})"
+    return "the folded model does not compute the same with them"+('' if proof.on is main else f" {on_inputs(main, proof.on)}")
+
+@patch
+def _format(self:BN_Folder, target, cover, plan):
+    "Let the weights of the folded `target` be channels_last, if that can be proved; if 'auto', only if they are faster, or left to be chosen."
+    if not (weights := conv_weights(target, self._last[1])): return
+    formats,why = Formats(weights, self._undo[-1], self.channels_last is True),''
+    formats.use(True)
+    if self.verify:
+        try: formats.proof = self._check(target, _tests(cover))
+        except FoldError as e: why = str(e).rstrip('.')
+        else: why = '' if formats.proof.ok else _unlike(formats.proof, cover.main)
+    if why:
+        formats.settle(False, plan)
+        plan.notes = [*plan.notes, f"channels_last weights are not used: {why}."]
+        return
+    self.formats,s = formats,cover.trials[0].sample
+    if self.chooses and formats.must: formats.settle(True, plan)
+    elif self.chooses: formats.choose(formats.time(target, Sample(s.args, s.kwargs).by_size(target)), plan) # the parts are not what takes time

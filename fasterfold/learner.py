@@ -129,6 +129,7 @@ class Fold:
     "A fold of the model of `learn` in place, and the way back."
     def __init__(self, learn, sample, normalize, copied=False, **kwargs):
         self.learn,self.model,self.splitter,self.past,self.folder = learn,learn.model,learn.splitter,_past(learn),BN_Folder(**kwargs)
+        self.folder.chooses = not copied # a report follows, which times both memory formats next to the original
         model,self.samples,norm,why = _images(learn, self.folder, sample, normalize)
         if copied: self.original = copy_model(unwrap(model))
         self.folder.fold(model, samples=self.samples, inplace=True)
@@ -226,22 +227,24 @@ def fold(self:Learner,
     sample=None, # Input to trace and to time: a tuple is positional arguments, a dict keyword arguments; by default a validation batch
     normalize:bool=False, # Also fold the `Normalize` of the loaders into the model, which then takes images as they are?
     undo:bool=True, # Remember what `unfold` needs? That takes as much memory as the weights that change
+    channels_last:bool|str='auto', # Also use channels_last weights? 'auto' times both formats next to the original, and keeps the faster
     **kwargs
 )->FoldReport: # What it changed
-    "Fold the norms of `model` in place, and report on norms, size, latency and metrics."
-    BN_Folder(**kwargs) # to hear of a wrong option before a validation
+    "Fold the norms of `model` in place, keep the faster memory format, and report on norms, size, latency and metrics."
+    BN_Folder(**(kwargs := dict(channels_last=channels_last, **kwargs))) # to hear of a wrong option before a validation
     with _as_it_was(self):
         before,fold = _scores(self),Fold(self, sample, normalize, copied=True, **kwargs)
         try:
             model = unwrap(self.model)
-            res = report(fold.original, model, fold.plan, fold.samples[0].by_size(model), progress=hasattr(self, 'progress'))
+            res = report(fold.original, model, fold.plan, fold.samples[0].by_size(model), progress=hasattr(self, 'progress'),
+                formats=fold.folder.formats)
             after = _scores(self)
             check() # later it is done
         except BaseException:
             fold.undo()
             raise
     fold.done(undo)
-    res.metrics,res.formats = {k:(v,after[k]) for k,v in before.items()},fold.folder.formats
+    res.metrics = {k:(v,after[k]) for k,v in before.items()}
     return res
 
 

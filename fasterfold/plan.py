@@ -55,6 +55,7 @@ class FoldPlan:
     stored:list = field(default_factory=list, repr=False) # `Stored` items
     changed:list = field(default_factory=list, repr=False) # Names of the modules, and of methods that `forward` calls or that end with one of the modules, that return other values than before
     unused:dict = field(default_factory=dict, repr=False) # Name of each module that ran on no sample, and is gone, to how many parameters it had
+    format:str = field(default='', repr=False) # Memory format that weights of convolutions have now, '' if that of before
 
     def __getstate__(self): return vars(self) | dict(edits={}, sources={}, removed={}, apart={})
     @property

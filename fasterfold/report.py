@@ -12,7 +12,8 @@ from pathlib import Path
 import matplotlib.figure, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from torch import nn
-from .cost import UNITS,compare,count_parameters,model_size,peak_memory,show_seconds
+from .cost import Comparison,UNITS,compare,count_parameters,model_size,peak_memory,show_seconds
+from .formats import Formats
 from .plan import FoldPlan
 from .proof import run_as
 from .sample import Sample
@@ -112,11 +113,10 @@ class FoldReport:
     plan:FoldPlan # Norms folded and kept
     parameters:tuple # How many, before and after
     size:tuple # Bytes of parameters and buffers, before and after
-    latency:dict = field(default_factory=dict) # A `Comparison` of 'original' and 'folded' for each input, by what the input is
+    latency:dict = field(default_factory=dict) # A `Comparison` of 'original' and 'folded', and of 'channels_last' if that was tried, for each input, by what the input is
     memory:dict = field(default_factory=dict) # Bytes at the peak before and after, for each input on a GPU
     metrics:dict = field(default_factory=dict) # Loss and metrics, before and after
     rounding:Rounding|None = None # How far outputs moved
-    formats:dict = field(default_factory=dict) # Seconds in each memory format, if the folder was to choose one
 
     @property
     def headline(self)->str:
@@ -145,13 +145,20 @@ class Figure:
     kind:str # 'count', 'bytes', 'metric' or 'seconds'
     change:str|None=None # What changed, in words; worked out from the numbers by default
     note:str='' # More about it
+    folded:float|None=None # After folding alone, if a change of format followed and it is known
+    by_folding:str|None=None # What that changed, in words
 
     def show(self, v): return _show[self.kind](v)
+    def _changed(self, b):
+        a = self.before
+        return 'same' if a==b else f'{b-a:+.1g}' if self.kind=='metric' or not a else f'{100*(b-a)/a:+.2f} %'
     @property
-    def row(self):
-        a,b = self.before,self.after
-        change = 'same' if a==b else f'{b-a:+.1g}' if self.kind=='metric' or not a else f'{100*(b-a)/a:+.2f} %'
-        return [self.name, self.show(a), self.show(b), self.change or change, self.note]
+    def row(self): return [self.name, self.show(self.before), self.show(self.after), self.change or self._changed(self.after), self.note]
+    @property
+    def steps(self):
+        "The row with folding alone in between."
+        between = ['',''] if self.folded is None else [self.show(self.folded), self.by_folding or self._changed(self.folded)]
+        return [*self.row[:2], *between, *self.row[2:]]
     @property
     def share(self): return None if self.kind=='metric' or not self.before else self.after/self.before
 
@@ -166,7 +173,8 @@ def _finite(v):
 def sizes(self:FoldReport)->list:
     "Figures of what the model takes."
     memory = [Figure(f'peak memory, {k}', *v, 'bytes') for k,v in self.memory.items()]
-    return [Figure('parameters', *self.parameters, 'count'), Figure('size', *self.size, 'bytes'), *memory]
+    def same(k, v, kind): return Figure(k, *v, kind, folded=v[1]) # in both formats
+    return [same('parameters', self.parameters, 'count'), same('size', self.size, 'bytes'), *memory]
 
 @patch(as_prop=True)
 def scores(self:FoldReport)->list:
@@ -176,13 +184,31 @@ def scores(self:FoldReport)->list:
 
 # %% ../nbs/14_report.ipynb #d8cf0258
 @patch(as_prop=True)
+def _timed(self:FoldReport):
+    "What is shown of the latencies."
+    return {k:Comparison((n, o) for n,o in c.items() if n in ('original','folded',self.plan.format)) for k,c in self.latency.items()}
+
+@patch(as_prop=True)
+def _columns(self:FoldReport):
+    "The names of the models that have a column each."
+    return list(next(iter(self._timed.values()), dict(original=0, folded=0)))
+
+# %% ../nbs/14_report.ipynb #5a1c9205
+def _noise(c):
+    "Which ratios in the comparison `c` are none."
+    spans = {k:c.interval(k) for k in list(c)[1:]}
+    return [f"{f'{k}: ' if len(spans)>1 else ''}no difference measured ({lo:.2f} to {hi:.2f}×)" for k,(lo,hi) in spans.items() if lo<=1<=hi]
+
+@patch(as_prop=True)
 def figures(self:FoldReport)->list:
     "All numbers that have a before and an after."
     def one(k, c):
-        a,b = c['original'],c['folded']
-        note = f'IQR {show_seconds(a.iqr)} → {show_seconds(b.iqr)}, {a.runs} → {b.runs} runs'
-        return Figure(f'latency, {k}', a.median, b.median, 'seconds', f"{c.ratio('folded'):.2f}×", note)
-    return [*self.sizes, *(one(k, c) for k,c in self.latency.items()), *self.scores]
+        base,*others = c.values()
+        iqr,runs = ' → '.join(show_seconds(o.iqr) for o in c.values()),' → '.join(str(o.runs) for o in c.values())
+        became = [(o.median, f'{o.ratio(base):.2f}×') for o in others]
+        (last,change),note = became[-1],'; '.join([*_noise(c), f'IQR {iqr}, {runs} runs'])
+        return Figure(f'latency, {k}', base.median, last, 'seconds', change, note, *became[0])
+    return [*self.sizes, *(one(k, c) for k,c in self._timed.items()), *self.scores]
 
 # %% ../nbs/14_report.ipynb #efe0608d
 @patch(as_prop=True)
@@ -190,18 +216,18 @@ def _notes(self:FoldReport):
     res = self.plan.more + [' '.join(self.plan.covers)]*bool(self.plan.covers)
     if self.rounding: res.append(str(self.rounding))
     where = dict.fromkeys(c.base.where for c in self.latency.values())
-    res += [f'Latency: medians on {w}, both models timed in turns.' for w in where] + self.plan.notes
-    if not self.formats: return res
-    times = ', '.join(f'{k} {show_seconds(v)}' for k,v in self.formats.items())
-    return [*res, f'Memory format: {times}; the folded model keeps {min(self.formats, key=self.formats.get)}.']
+    who = 'both models' if len(self._columns)<3 else 'all three'
+    return res + [f'Latency: medians on {w}, {who} timed in turns.' for w in where] + self.plan.notes
 
 @patch(as_prop=True)
-def _rows(self:FoldReport): return [['', 'before', 'after', 'change', ''], *(f.row for f in self.figures)]
+def _rows(self:FoldReport):
+    base,*others = self._columns
+    return [['', base, *(o for k in others for o in (k, 'change')), ''], *(f.row if len(others)<2 else f.steps for f in self.figures)]
 
 # %% ../nbs/14_report.ipynb #92112181
 @patch
 def __str__(self:FoldReport):
-    res = [self.headline, text_table(self._rows, left=(4,)), '\n'.join(self._notes)]
+    res = [self.headline, text_table(rows := self._rows, left=(len(rows[0])-1,)), '\n'.join(self._notes)]
     if self.plan.folded: res.append(text_table(folded_rows(self.plan), left=(2,3)))
     if self.plan.kept: res.append('Kept:\n'+text_table(kept_rows(self.plan), left=(2,)))
     return '\n\n'.join(filter(None, res))
@@ -212,7 +238,7 @@ def __repr__(self:FoldReport): return str(self)
 # %% ../nbs/14_report.ipynb #b563e5d7
 @patch
 def _repr_html_(self:FoldReport):
-    res = [f'<p><b>{html.escape(self.headline)}</b></p>', html_table(self._rows, left=(4,), bars=[f.share for f in self.figures])]
+    res = [f'<p><b>{html.escape(self.headline)}</b></p>', html_table(rows := self._rows, left=(len(rows[0])-1,), bars=[f.share for f in self.figures])]
     res += [f'<p class="note">{html.escape(n)}</p>' for n in self._notes]
     if self.plan.folded: res.append(html_table(folded_rows(self.plan), left=(2,3)))
     if self.plan.kept: res.append('<p>Kept:</p>'+html_table(kept_rows(self.plan), left=(2,)))
@@ -223,11 +249,12 @@ def _repr_html_(self:FoldReport):
 def to_json(self:FoldReport)->str:
     "All of it as JSON."
     pairs = lambda d: {k:dict(zip(('before','after'), map(_finite, v))) for k,v in d.items()}
+    formats = {k:dict(contiguous=c['folded'].median, channels_last=c['channels_last'].median) for k,c in self.latency.items() if 'channels_last' in c}
     def times(c): return {k:{**o, 'times':c[k].times} for k,o in c.to_df().set_index('name').to_dict('index').items()}
     found = dict(folded=len(self.plan.folded), kept=len(self.plan.kept))
     res = dict(norms=dict(found=sum(found.values()), **found), **pairs(dict(parameters=self.parameters, size=self.size)),
-        latency={k:times(c) for k,c in self.latency.items()}, memory=pairs(self.memory), metrics=pairs(self.metrics), formats=self.formats,
-        rounding=self.rounding and {k:_finite(v) for k,v in vars(self.rounding).items()},
+        latency={k:times(c) for k,c in self.latency.items()}, memory=pairs(self.memory), metrics=pairs(self.metrics),
+        format=self.plan.format or None, formats=formats, rounding=self.rounding and {k:_finite(v) for k,v in vars(self.rounding).items()},
         stored=[vars(o) for o in self.plan.stored], unused=self.plan.unused, layers=self.to_df().to_dict('records'))
     return json.dumps(res, indent=1, allow_nan=False)
 
@@ -239,24 +266,29 @@ def report(
     samples:dict, # Inputs by what they are, as in `{'1 item': x[:1], 'batch of 64': x}`
     seconds:float=.5, # About how long to time each model on each input
     progress:bool=False, # Show progress bars?
+    formats:Formats|None=None, # The formats of `folded` to choose from, as in `BN_Folder.formats`
 )->FoldReport:
     "Compare `original` and `folded` in every respect but metrics, which need data."
-    res = FoldReport(plan, (count_parameters(original),count_parameters(folded)), (model_size(original),model_size(folded)))
+    models,ready = dict(original=original, folded=folded),None
+    if formats and not formats.weights: formats = None # it is settled
+    if formats: models,ready = models|dict(channels_last=folded),formats.ready
+    latency = {k:compare(models, x, seconds, progress, ready) for k,x in samples.items()}
+    if formats: formats.choose(latency, plan)
+    res = FoldReport(plan, (count_parameters(original),count_parameters(folded)), (model_size(original),model_size(folded)), latency)
     for k,x in samples.items():
-        res.latency[k] = compare(dict(original=original, folded=folded), x, seconds, progress)
         peak = peak_memory(original, x),peak_memory(folded, x)
         if None not in peak: res.memory[k] = peak
     if samples: res.rounding = rounding(original, folded, list(samples.values())[-1])
     return res
 
 # %% ../nbs/14_report.ipynb #302948f3
-_colors = dict(original='#8a8984', folded='#3987e5')
+_colors = dict(original='#8a8984', folded='#3987e5', channels_last='#cf6a1c')
 
-def _pairs(ax, figures, title):
+def _pairs(ax, figures, title, after):
     "Paired bars, before above after, each pair relative to its larger one."
     for i,f in enumerate(figures):
         top = max(abs(f.before), abs(f.after)) or 1
-        for j,(v,c) in enumerate(zip((f.before,f.after), _colors.values())):
+        for j,(v,c) in enumerate(zip((f.before,f.after), (_colors['original'],_colors[after]))):
             y = i+(j-.5)*.36
             ax.barh(y, abs(v)/top, height=.32, color=c)
             ax.text(1.03, y, f.show(v), va='center', ha='left', fontsize='small')
@@ -264,7 +296,7 @@ def _pairs(ax, figures, title):
     ax.set(title=title, xlim=(0,1.6), xticks=[], yticks=range(len(figures)), yticklabels=[f.name for f in figures])
     ax.invert_yaxis()
 
-def _runs(ax, comparison, title):
+def _runs(ax, comparison, title, after):
     "Every run as a point, with median and quartiles."
     scale,unit = next((u for u in UNITS if comparison.base.median>=u[0]), UNITS[-1])
     rng = np.random.default_rng(0)
@@ -275,25 +307,26 @@ def _runs(ax, comparison, title):
             boxprops=dict(color=_colors[k], lw=1.5), whiskerprops=dict(lw=0), medianprops=dict(color=_colors[k], lw=3))
         ax.text(o.median/scale, i-.3, show_seconds(o.median), ha='center', va='bottom', fontsize='small')
     top = max(np.percentile(o.times, 95) for o in comparison.values())/scale
-    ax.set(title=f"latency, {title}: {comparison.ratio('folded'):.2f}×", xlabel=f'{unit} per call', xlim=(0,1.15*top),
+    ax.set(title=f"latency, {title}: {comparison.ratio(after):.2f}×", xlabel=f'{unit} per call', xlim=(0,1.15*top),
         yticks=range(len(comparison)), yticklabels=list(comparison), ylim=(len(comparison)-.4,-.7))
 
 # %% ../nbs/14_report.ipynb #9316e570
 @patch
 def plot(self:FoldReport)->matplotlib.figure.Figure:
     "Sizes, latencies and metrics before and after."
-    panels = [(_pairs, self.sizes, 'size'), *((_runs, c, k) for k,c in self.latency.items())]
-    if self.scores: panels.append((_pairs, self.scores, 'metrics'))
+    names = self._columns
+    panels = [(_pairs, self.sizes, 'size', 'folded'), *((_runs, c, k, names[-1]) for k,c in self._timed.items())]
+    if self.scores: panels.append((_pairs, self.scores, 'metrics', names[-1]))
     n = len(panels)
     rows = math.ceil(n/2)
-    tall = max([2, *(len(o) for f,o,_ in panels if f is _pairs)])
+    tall = max([2, *(len(o) for f,o,*_ in panels if f is _pairs)])
     fig,axs = plt.subplots(rows, min(n, 2), figsize=(5*min(n, 2),rows*(1.2+.5*tall)), squeeze=False, layout='constrained')
-    for ax,(draw,what,title) in zip(axs.flat, panels):
-        draw(ax, what, title)
+    for ax,(draw,*what) in zip(axs.flat, panels):
+        draw(ax, *what)
         ax.spines[['top','right','left']].set_visible(False)
         ax.tick_params(left=False)
     for ax in axs.flat[n:]: ax.remove()
-    fig.legend([plt.Rectangle((0,0), 1, 1, color=c) for c in _colors.values()], list(_colors), loc='outside upper right', ncols=2, frameon=False)
+    fig.legend([plt.Rectangle((0,0), 1, 1, color=_colors[k]) for k in names], names, loc='outside upper right', ncols=3, frameon=False)
     return fig
 
 # %% ../nbs/14_report.ipynb #5822b013

@@ -15,14 +15,16 @@ from learners import KINDS
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
+LAST = 'vision','plain_learner' # as `Learner.fold` leaves them where that is faster
+
 def folded(name, path):
-    "The model of a learner with random statistics, the same one folded, the norm calls that are left, and the inputs of two batches that differ in size."
+    "The model of a learner with random statistics, the same one folded, some with `channels_last` weights, the norm calls that are left, and the inputs of two batches that differ in size."
     learn = KINDS[name](path)
     model = randomize_norms(learn.model)
     x = tuple(t.as_subclass(torch.Tensor) for t in learn.dls.valid.one_batch()[:learn.dls.n_inp])
-    folder = BN_Folder()
+    folder = BN_Folder(channels_last=name in LAST)
     new = folder.fold(model, x)
-    assert folder.result.folded
+    assert folder.result.folded and (folder.result.format=='channels_last')==(name in LAST)
     return model,new,sum(k.calls for k in folder.result.kept),(x,tuple(t[:5] for t in x))
 
 def plain(model):

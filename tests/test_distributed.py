@@ -4,7 +4,7 @@ import pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import cross_entropy
-from fasterfold.proof import run,to_double
+from fasterfold.proof import distance,run,to_double
 from fasterfold.fold import BN_Folder
 from fasterfold.state import FoldError
 from helpers import eps_of,randomize_norms
@@ -116,22 +116,41 @@ def test_ddp_with_sync_batchnorm(tmp_path):
 def _call_wrapped(rank, path):
     dist.init_process_group('gloo')
     model = nn.parallel.DistributedDataParallel(randomize_norms(new_net()))
-    x,folder = X[rank:8+rank],BN_Folder()
-    before = model(x)
-    folder.fold(model, x, inplace=True)
-    inside,want = model(x),model.module(x)
-    folder.undo()
-    again = model(x)
-    model.train()
-    model(x+rank).mean().backward()
-    same = dict(inside=torch.equal(inside, want), again=torch.equal(again, before))
-    return same, len(model.modules_buffers), len(list(model.buffers()))
+    x,res = X[rank:8+rank],[]
+    for last in (False,True):
+        folder = BN_Folder(channels_last=last)
+        with torch.no_grad():
+            before = model.eval()(x)
+            folder.fold(model, x, inplace=True)
+            inside,want = model(x),model.module(x)
+            formats = {m.weight.is_contiguous(memory_format=torch.channels_last) for m in (model.module.b[0],model.module.c[0])}
+            folder.undo()
+            again = model(x)
+        model.train()
+        model(x+rank).mean().backward()
+        same = dict(inside=torch.equal(inside, want), again=torch.equal(again, before), close=distance([inside], [before])<1e-5, format=formats=={last})
+        res.append((same, len(model.modules_buffers), len(list(model.buffers()))))
+    return res
 
 def test_ddp_forward_of_folded(tmp_path):
-    "The wrapper runs the folded model, and after undoing goes on to keep buffers the same."
-    for same,synced,buffers in together(_call_wrapped, tmp_path):
-        assert all(same.values()), same
-        assert synced==buffers
+    "The wrapper runs the folded model, in either memory format, and after undoing goes on to keep buffers the same."
+    for res in together(_call_wrapped, tmp_path):
+        for same,synced,buffers in res:
+            assert all(same.values()), same
+            assert synced==buffers
+
+def _train_folded(rank, path):
+    "Gradients of a model folded before it is wrapped, in either memory format; the whole batch is seen by each process."
+    dist.init_process_group('gloo')
+    res = []
+    for last in (False,True):
+        model = nn.parallel.DistributedDataParallel(BN_Folder(channels_last=last).fold(randomize_norms(new_net()), X[:8]))
+        steps(model, torch.optim.SGD(model.parameters(), .1), zip(X[:64].split(16), Y[:64].split(16)))
+        res.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    return res
+
+def test_ddp_trains_folded_models_in_either_format(tmp_path):
+    for a,b in together(_train_folded, tmp_path): assert distance([b], [a])<1e-4
 
 def _accelerate(rank, path):
     from accelerate import Accelerator

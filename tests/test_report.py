@@ -9,7 +9,7 @@ from torch import nn
 from fasterfold.fold import BN_Folder
 from fasterfold.find import Kept
 from fasterfold.plan import FoldPlan,Folded
-from fasterfold.cost import compare,count_parameters,latency,model_size
+from fasterfold.cost import Comparison,Latency,compare,count_parameters,latency,model_size
 from fasterfold.report import FoldReport,folded_rows,kept_rows,report,rounding
 
 def norms(model): return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -142,11 +142,45 @@ def test_text_and_page_say_it_all(deep):
             assert said in text, said
     assert set(deep.to_df()['direction'])=={'back',''} and deep.to_df()['reason'].str.len().gt(0).sum()==10
 
-def test_memory_formats_and_peaks_are_shown(deep):
-    res = FoldReport(deep.plan, (10,8), (40,32), memory={'1 item':(3*2**20,2*2**20)}, formats=dict(contiguous=.002, channels_last=.001))
-    text = ' '.join(str(res).split())
-    assert 'peak memory, 1 item 3.00 MB 2.00 MB -33.33 %' in text and 'channels_last 1.00 ms; the folded model keeps channels_last' in text
+def test_peaks_are_shown(deep):
+    res = FoldReport(deep.plan, (10,8), (40,32), memory={'1 item':(3*2**20,2*2**20)})
+    assert 'peak memory, 1 item 3.00 MB 2.00 MB -33.33 %' in ' '.join(str(res).split())
     assert json.loads(res.to_json())['memory']=={'1 item':dict(before=3*2**20, after=2*2**20)}
+
+def timed(**times):
+    "A comparison of models that took these milliseconds in each of ten turns."
+    return Comparison((k, Latency(k, [[t/1000] for t in ts], 1, 'cpu')) for k,ts in times.items())
+
+@pytest.fixture(scope='module')
+def three(deep):
+    "A report on a model that was left with another memory format."
+    plan = FoldPlan(deep.plan.folded[:3], format='channels_last')
+    one,batch = timed(original=[8]*10, folded=[6]*10, channels_last=[4]*10),timed(original=[40]*10, folded=[39]*5+[42]*5, channels_last=[30]*10)
+    return FoldReport(plan, (10,8), (2**21,2**20), {'1 item':one, 'batch of 9':batch}, {'1 item':(2**22,2**21)}, dict(accuracy=(.5,.5)))
+
+def test_a_column_for_each_step(three):
+    head,_,*rows = str(three).split('\n\n')[1].splitlines()
+    assert head.split()==['original','folded','change','channels_last','change']
+    rows = [' '.join(o.split()) for o in rows]
+    assert rows[:3]==['parameters 10 8 -20.00 % 8 -20.00 %', 'size 2.00 MB 1.00 MB -50.00 % 1.00 MB -50.00 %', 'peak memory, 1 item 4.00 MB 2.00 MB -50.00 %']
+    assert rows[3].startswith('latency, 1 item 8.00 ms 6.00 ms 0.75× 4.00 ms 0.50× IQR') and rows[3].endswith('10 → 10 → 10 runs')
+    assert rows[5]=='accuracy 0.5 0.5 same' and 'all three timed in turns' in str(three)
+    assert [(f.before,f.folded,f.after) for f in three.figures[3:5]]==[(.008,.006,.004),(.04,.0405,.03)]
+    page = Balance(three._repr_html_()).text
+    for said in ('channels_last','0.75×','0.50×','10 → 10 → 10 runs'): assert said in page
+
+def test_noise_is_called_noise(three):
+    note = three.figures[4].note
+    assert note.startswith('folded: no difference measured (0.97 to 1.05×); IQR') and note.count('no difference')==1
+    two = FoldReport(FoldPlan(), (1,1), (4,4), {'1 item':timed(original=[1]*5+[3]*5, folded=[2]*10)})
+    assert two.figures[2].note.startswith('no difference measured (0.67 to 2.00×)') and 'both models timed' in str(two)
+
+def test_a_format_that_was_not_kept_has_no_column(three):
+    res = FoldReport(FoldPlan(three.plan.folded), (10,8), (40,32), three.latency)
+    assert res._columns==['original','folded'] and 'channels_last' not in str(res)+res._repr_html_()
+    js = json.loads(res.to_json())
+    assert js['format'] is None and js['formats']['1 item']==dict(contiguous=.006, channels_last=.004) # but all that was measured is there
+    assert json.loads(three.to_json())['format']=='channels_last'
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_peak_memory_on_a_gpu():
@@ -220,9 +254,10 @@ def contrast(a, b):
     return (hi+.05)/(lo+.05)
 
 @pytest.mark.parametrize('style', ['default','dark_background'])
-def test_picture_is_legible_and_nothing_is_clipped(deep, style):
+@pytest.mark.parametrize('name', ['deep','three'])
+def test_picture_is_legible_and_nothing_is_clipped(name, style, request):
     with plt.style.context(style):
-        fig = deep.plot()
+        fig = request.getfixturevalue(name).plot()
         fig.canvas.draw()
         drawn,page,back = fig.get_tightbbox(),fig.get_size_inches(),fig.get_facecolor()
         assert drawn.x0>=0 and drawn.y0>=0 and drawn.x1<=page[0] and drawn.y1<=page[1]
