@@ -27,7 +27,7 @@ def shoot(
     path:Path, # File to write
 ):
     "Save the upper part of a report, up to where the plots begin."
-    page.size(860, 800)
+    page.size(1040, 800)
     page.open(url)
     page.ask("document.body.style.margin = '1rem auto'; document.querySelectorAll('h1, body > svg, details').forEach(o => o.remove())")
     path.parent.mkdir(exist_ok=True)

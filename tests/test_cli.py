@@ -143,8 +143,10 @@ def test_normalization_goes_along(box):
 
 def test_options_of_a_folder(box):
     res = call('fold', box/'export.pkl', '-o', box/'folded.pkl', '--trust', '--strip-dropout', '--strip-identity', '--channels-last', '--sample', box/'image.png')
-    assert res.exit_code==0 and 'Memory format' in res.stdout, res.output
+    assert res.exit_code==0 and 'channels_last weights are ' in res.stdout, res.output
     model = load_learner(box/'folded.pkl').model
+    used = {m.weight.is_contiguous(memory_format=torch.channels_last) for m in model.modules() if isinstance(m, nn.Conv2d)}
+    assert used=={': used.' in res.stdout}
     assert not [m for m in model.modules() if isinstance(m, nn.Dropout)] and [*model[0]._modules]==['0','2','3']
     assert load_learner(box/'folded.pkl').predict(box/'image.png')[0]==load_learner(box/'export.pkl').predict(box/'image.png')[0]
 
