@@ -7,7 +7,7 @@ __all__ = ['UNITS', 'count_parameters', 'model_size', 'show_seconds', 'Latency',
            'peak_memory']
 
 # %% ../nbs/13_cost.ipynb #ed79a89a
-import numpy as np, torch
+import math, numpy as np, torch
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -50,6 +50,10 @@ def show_seconds(
     return f'{t:.{0 if t>=100 else 1 if t>=10 else 2}f} {unit}'
 
 # %% ../nbs/13_cost.ipynb #fceb2273
+def _spared(n):
+    "How many of `n` ratios the interval leaves out at each end."
+    return max(sum(2*sum(math.comb(n, i) for i in range(k+1))<=.05*2**n for k in range(n//2))-1, 0)
+
 @dataclass
 class Latency:
     "Seconds per call of one model, as timed in turns."
@@ -67,11 +71,24 @@ class Latency:
     @property
     def iqr(self)->float: return float(np.subtract(*np.percentile(self.times, [75,25])))
 
+    def ratios(self,
+        base:'Latency', # What to compare with, timed in the same turns
+    )->list: # In ascending order
+        "The time by that of `base` in each turn."
+        return sorted(float(np.median(a)/np.median(b)) for a,b in zip(self.turns, base.turns))
+
     def ratio(self,
         base:'Latency', # What to compare with, timed in the same turns
     )->float: # Below 1 is faster than `base`
         "Median over the turns of the time by that of `base` in the same turn."
-        return float(np.median([np.median(a)/np.median(b) for a,b in zip(self.turns, base.turns)]))
+        return float(np.median(self.ratios(base)))
+
+    def interval(self,
+        base:'Latency', # What to compare with, timed in the same turns
+    )->tuple: # Both below 1 is faster than `base`, beyond noise
+        "Between which ratios the true one lies, in 95 of 100 cases."
+        rs = self.ratios(base)
+        return rs[k := _spared(len(rs))],rs[-1-k]
 
     def __str__(self): return f'{self.name}: {show_seconds(self.median)} (IQR {show_seconds(self.iqr)}, {self.runs} runs, {self.where})'
     __repr__ = __str__
@@ -88,12 +105,17 @@ class Comparison(dict):
     )->float: # Below 1 is faster than the first
         "Time of `name` by the time of the first."
         return self[name].ratio(self.base)
+    def interval(self,
+        name:str, # Which model
+    )->tuple: # Both below 1 is faster than the first, beyond noise
+        "Between which ratios the true one lies, in 95 of 100 cases."
+        return self[name].interval(self.base)
 
     def to_df(self): # A pandas DataFrame
         "One row for each model; seconds."
         import pandas as pd
         return pd.DataFrame([dict(name=k, median=o.median, iqr=o.iqr, runs=o.runs, ratio=self.ratio(k),
-            threads=o.threads, device=o.device) for k,o in self.items()])
+            **dict(zip(('low','high'), self.interval(k))), threads=o.threads, device=o.device) for k,o in self.items()])
 
     @property
     def _table(self):
@@ -110,6 +132,7 @@ def compare(
     sample=None, # Their input: a tuple is positional arguments, a dict keyword arguments, anything else one argument
     seconds:float=1., # About how long to time each
     progress:bool=False, # Show a progress bar?
+    turns:int=3, # At least so many
 )->Comparison:
     """Time `models` on `sample` in turns, in eval mode without gradients.
 
@@ -120,7 +143,7 @@ def compare(
     sample = Sample.of(sample, next(iter(models.values())))
     args,kwargs = sample.copied()
     threads,device = torch.get_num_threads(),sample.device
-    turns = {k:[] for k in models}
+    res = {k:[] for k in models}
     how = dict(timer=partial(clock, device), num_threads=threads)
     def timer(m): return Timer('model(*args, **kwargs)', globals=dict(model=m, args=args, kwargs=kwargs), **how)
     timers = {k:timer(m) for k,m in models.items()}
@@ -129,10 +152,10 @@ def compare(
             if isinstance(m, nn.Module): stack.enter_context(preserved(m, partial(sample.call, m)))
         # the first call of each also sets up whatever PyTorch sets up once
         slowest = max(interruptible(t.blocked_autorange, min_run_time=0).median for t in timers.values())
-        n = min(max(int(seconds/slowest/2), 3), 10)
+        n = min(max(int(seconds/slowest/2), turns), 10)
         for i in progress_bar(range(n), leave=False) if progress else range(n):
-            for k in list(models)[::(-1)**i]: turns[k].append(interruptible(timers[k].blocked_autorange, min_run_time=seconds/n).times)
-    return Comparison((k, Latency(k, o, threads, device)) for k,o in turns.items())
+            for k in list(models)[::(-1)**i]: res[k].append(interruptible(timers[k].blocked_autorange, min_run_time=seconds/n).times)
+    return Comparison((k, Latency(k, o, threads, device)) for k,o in res.items())
 
 # %% ../nbs/13_cost.ipynb #e4ed0b21
 def latency(
