@@ -6,7 +6,7 @@
 __all__ = ['engines', 'Case', 'Unfit', 'Engine', 'engine', 'FoldBench', 'bench']
 
 # %% ../nbs/14_bench.ipynb #5a1cb005
-import html, json, logging, tempfile, torch, warnings
+import html, json, logging, re, tempfile, torch, warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -121,10 +121,11 @@ def _lacks(name, device):
     if gone: return f"{name} is not installed: pip install {' '.join(gone)}"
     return f'{name} runs on the CPU here, and the model is on {device}.' if e.cpu and torch.device(device).type!='cpu' else ''
 
-def _reason(e):
-    "What an exception says, in a line."
+def _reason(e, folder):
+    "What an exception says, in a line without the names of files in `folder`."
     while e.__cause__ is not None: e = e.__cause__
-    line = next((s for o in str(e).splitlines() if (s := o.strip())), '')[:160]
+    line = next((s for o in str(e).splitlines() if (s := o.strip())), '')
+    line = re.sub(rf'{re.escape(folder)}\S*', 'the file', line)[:160].rstrip('.')
     return line if isinstance(e, Unfit) else f"it failed with {type(e).__name__}{': '*bool(line)}{line}"
 
 # %% ../nbs/14_bench.ipynb #5a1cb013
@@ -271,7 +272,7 @@ def _ready(
             with _hushed(): out = interruptible(f := interruptible(engines[name].ready, case), *(given := sample.copied())[0], **given[1])
             if (d := distance(returned(out)[0], right[0]))<=right[1]: ready[k] = f
             else: why[k] = f'it computes something else (relative difference {d:.2g})'
-        except Exception as e: why[k] = _reason(e)
+        except Exception as e: why[k] = _reason(e, case.folder)
     return ready,why
 
 # %% ../nbs/14_bench.ipynb #5a1cb022
