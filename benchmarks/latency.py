@@ -9,22 +9,23 @@ from io import StringIO
 from pathlib import Path
 
 import timm, torch, torch.nn.functional as F
-from fastai.layers import NormType, ToTensorBase
+from fastai.layers import NormType
 from fastai.tabular.model import TabularModel
 from fastai.vision.learner import create_unet_model, create_vision_model
 from fastai.vision.models import xresnet
 from fastcore.script import call_parse, store_true
 from torch import nn
 from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.utils._pytree import tree_leaves
 from torchvision import models as M
 from tqdm import tqdm
 
 from common import (by_variant, chain, described, environment, grouped, helped, hostile, in_turns, load, ms, ratio, results, save, slope, stats,
     table, timer, times)
+from fasterfold.bench import Case, engines as deployed_to
 from fasterfold.proof import distance
 from fasterfold.fold import BN_Folder
 from fasterfold.cost import count_parameters
+from fasterfold.sample import Sample, returned
 from fasterfold.state import copy_model
 from peers import any_shape, load_peers, peers
 
@@ -183,44 +184,21 @@ def _graph(model, sample):
         return out
     return _replay
 
-def _plain(model):
-    "A copy of `model` without fastai's `ToTensorBase`, which sets the type of a U-Net's result: neither the compiler nor the exporter gets past it"
-    model = copy_model(model)
-    for m in model.modules(): m._modules.update({k: nn.Identity() for k,o in m.named_children() if isinstance(o, ToTensorBase)})
-    return model
+def _deployed(name):
+    "What readies a model for the engine that `fasterfold bench` calls `name`"
+    def _ready(model, sample):
+        with tempfile.TemporaryDirectory() as d, redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            return deployed_to[name].ready(Case(model, Sample.of(sample), d))
+    return _ready
 
-@engine('torch.compile', 'cpu', 'cuda')
-def _compile(model, sample): return torch.compile(_plain(model), dynamic=False, options=dict(freezing=True))
-
-def _onnx(model, sample, load):
-    "What `load(file)` makes of `model` as an ONNX file"
-    with tempfile.TemporaryDirectory() as d, redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        torch.onnx.export(_plain(model), sample, file := f'{d}/model.onnx', dynamo=True, verbose=False)
-        return load(file)
-
-@engine('onnxruntime', 'cpu')
-def _onnxruntime(model, sample):
-    import onnxruntime as ort
-    options = ort.SessionOptions()
-    options.intra_op_num_threads,options.log_severity_level = torch.get_num_threads(),3
-    session = _onnx(model, sample, lambda f: ort.InferenceSession(f, options, providers=['CPUExecutionProvider']))
-    names = [o.name for o in session.get_inputs()]
-    return lambda *xs: [torch.from_numpy(o) for o in session.run(None, {k: x.numpy() for k,x in zip(names, xs)})]
-
-@engine('OpenVINO', 'cpu')
-def _openvino(model, sample):
-    import openvino as ov
-    # It would round to bfloat16 where the processor has it, and the others do not
-    config = dict(INFERENCE_NUM_THREADS=torch.get_num_threads(), PERFORMANCE_HINT='LATENCY', INFERENCE_PRECISION_HINT='f32')
-    compiled = _onnx(model, sample, lambda f: ov.Core().compile_model(f, 'CPU', config))
-    return lambda *xs: [torch.from_numpy(o) for o in compiled([x.numpy() for x in xs]).to_tuple()]
+for _k,_name,*_devices in ('torch.compile','torch.compile','cpu','cuda'),('onnxruntime','ONNX Runtime','cpu'),('OpenVINO','OpenVINO','cpu'): engine(_k, *_devices)(_deployed(_name))
 
 whole = 'eager','CUDA graph' # Engines that run every variant; the others have passes of their own, and run the original and ours
 dists = {'onnxruntime': ['onnx','onnxscript','onnxruntime'], 'OpenVINO': ['onnx','onnxscript','openvino']} # Where the engines come from that are not PyTorch's own
 
 # ---- Measuring
 
-def _tensors(out): return [o.float() for o in tree_leaves(out) if isinstance(o, torch.Tensor)]
+def _tensors(out): return [o.float() for o in returned(out)[0]]
 
 def measure(
     what:dict,    # The group: model, batch, dtype, engine

@@ -88,7 +88,7 @@ _File = Annotated[Path|None, typer.Argument(metavar='FILE', help=_what, show_def
 _Trust = _Flag('--trust', 'Load the pickle, which runs the code in it. Only for files from people you trust.')
 _Timm = Annotated[str|None, typer.Option('--timm', metavar='NAME', help='Instead of a learner: a model of timm, by name.')]
 _Weights = Annotated[Path|None, typer.Option('--weights', metavar='FILE', help='Its weights, .safetensors or .pth; no code in them is run.')]
-_Sample = Annotated[Path|None, typer.Option('--sample', metavar='IMAGE', help='Run the model on this image; by default on random numbers.')]
+_Sample = Annotated[Path|None, typer.Option('--sample', metavar='IMAGE', help='Run the model on this image; by default on one that is made up.')]
 _Keep = Annotated[list[str]|None, typer.Option('--keep', metavar='NAME', help='A module or method whose output stays as it is, as for embeddings. May be given again.')]
 _Normalize = _Flag('--normalize', "Also fold the normalization of the learner's images, so that the model takes images as they are.")
 _Uint8 = _Flag('--uint8', 'Take pixels from 0 to 255, as decoders give them: what the loaders do to them is folded, too.')
@@ -105,10 +105,12 @@ _Batch = Annotated[int, typer.Option('--batch', min=2, help='Size of the batch t
 _Data = Annotated[Path|None, typer.Option('--data', metavar='DIR', help='Images, in one folder for each class. By default handwritten digits.')]
 
 # %% ../nbs/17_cli.ipynb #95ce80b1
-def _show_plan(plan):
+def _ran_on(subject): return f'Input: {subject.input}.'
+
+def _show_plan(plan, *more):
     from fasterfold.table import text_table
     rows = plan.rows()
-    return '\n\n'.join([plan.summary, *[text_table([('norm','plan','into / because'), *rows], left=(1,2))]*bool(rows), *plan.notes])
+    return '\n\n'.join([plan.summary, *[text_table([('norm','plan','into / because'), *rows], left=(1,2))]*bool(rows), *plan.notes, *more])
 
 def _plan_json(plan, **extra):
     from fasterfold.report import FoldReport
@@ -137,7 +139,7 @@ def plan(file:_File=None, trust:_Trust=False, timm:_Timm=None, weights:_Weights=
         from fasterfold.fold import BN_Folder
         options = dict(keep=keep or (), merge_branches=merge_branches)
         with folding(): res = _whole(subject).fold_plan(x, normalize, **options) if normalize else BN_Folder(**options).plan(subject.model, x)
-    typer.echo(_plan_json(res, input=str(file or weights)) if as_json else _show_plan(res))
+    typer.echo(_plan_json(res, input=str(file or weights), sample=subject.input) if as_json else _show_plan(res, _ran_on(subject)))
 
 # %% ../nbs/17_cli.ipynb #ae9c255c
 def _fold(
@@ -146,8 +148,9 @@ def _fold(
     step, # To tell what is being done
     normalize:bool=False, # Also fold the normalization of a learner's loaders?
     batch:int=None, # Size of the batch to time; by default `sample` as it is
+    engines:bool=False, # Time all engines, and nothing else?
     **options # Of `BN_Folder`
-): # `FoldReport`, and an input of the folded model
+): # `FoldReport` or `FoldBench`, and an input of the folded model
     "Fold and verify the model of `subject`, and report."
     from fasterfold.fold import BN_Folder
     from fasterfold.report import report
@@ -162,12 +165,15 @@ def _fold(
             folder = BN_Folder(**options)
             folder.chooses = False # the report does
             original,_ = fold_subject(subject, folder, sample)
+    if engines:
+        from fasterfold.bench import bench
+        return bench(original, unwrap(subject.model), folder.result, sample.by_size(unwrap(subject.model), batch), tell=step),sample
     step('Timing both')
     res = report(original, unwrap(subject.model), folder.result, sample.by_size(unwrap(subject.model), batch), formats=folder.formats)
     return res,sample
 
 def _print_report(
-    res, # `FoldReport`
+    res, # `FoldReport` or `FoldBench`
     lines:list=(), # What to say after it
     as_json:bool=False, # As JSON instead?
     **extra # What to add to the JSON
@@ -202,8 +208,8 @@ def fold(output:_Output, file:_File=None, trust:_Trust=False, timm:_Timm=None, w
             write_folded(subject, out, suffix, x)
             if page: res.save(page)
     size = output.stat().st_size
-    said = ['', f'Wrote {output} ({size/2**20:.2f} MB); read back, it computes the same.', *([f'Wrote {report}.'] if report else [])]
-    _print_report(res, said, as_json, input=str(file or weights), output=str(output), report=report and str(report), bytes=size)
+    said = ['', _ran_on(subject), f'Wrote {output} ({size/2**20:.2f} MB); read back, it computes the same.', *([f'Wrote {report}.'] if report else [])]
+    _print_report(res, said, as_json, input=str(file or weights), sample=subject.input, output=str(output), report=report and str(report), bytes=size)
 
 # %% ../nbs/17_cli.ipynb #5a1c9102
 def _fold_export(subject, output, items, keep, merge_branches, normalize, uint8, nhwc):
@@ -241,15 +247,16 @@ def export(output:_Output, file:_File=None, trust:_Trust=False, timm:_Timm=None,
 def bench(file:_File=None, trust:_Trust=False, timm:_Timm=None, weights:_Weights=None, sample:_Sample=None, keep:_Keep=None,
     normalize:_Normalize=False, merge_branches:_Merge=False,
     channels_last:_Last=False, strip_dropout:_Dropout=False, strip_identity:_Identity=False, batch:_Batch=16, as_json:_Json=False):
-    "Time a model on this CPU before and after folding, in turns. Writes nothing."
-    with _steps(4) as step:
+    "Time a model on this CPU before and after folding, in PyTorch and each engine that is installed: torch.compile, ONNX Runtime, OpenVINO. Writes nothing."
+    from fasterfold.bench import engines
+    with _steps(5+2*len(engines)) as step:
         step('Loading')
         subject = open_model(file, trust, timm, weights)
         step('Making an input')
         x = subject.sample(sample)
-        res,_ = _fold(subject, x, step, normalize, batch, keep=keep or (), merge_branches=merge_branches, channels_last='auto' if channels_last else False,
+        res,_ = _fold(subject, x, step, normalize, batch, True, keep=keep or (), merge_branches=merge_branches, channels_last='auto' if channels_last else False,
             strip_dropout=strip_dropout, strip_identity=strip_identity)
-    _print_report(res, as_json=as_json, input=str(file or weights))
+    _print_report(res, [_ran_on(subject)], as_json, input=str(file or weights), sample=subject.input)
 
 # %% ../nbs/17_cli.ipynb #5a1c6021
 _Checked = Annotated[Path, typer.Argument(metavar='FILE', help=f'{_what[:-1]}; or .onnx, which is only read.', show_default=False)]

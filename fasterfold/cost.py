@@ -133,6 +133,7 @@ def compare(
     seconds:float=1., # About how long to time each
     progress:bool=False, # Show a progress bar?
     ready=None, # What to call before each is timed, functions by name
+    turns:int=3, # At least so many
 )->Comparison:
     """Time `models` on `sample` in turns, in eval mode without gradients.
 
@@ -143,7 +144,7 @@ def compare(
     sample = Sample.of(sample, next(iter(models.values())))
     args,kwargs = sample.copied()
     threads,device = torch.get_num_threads(),sample.device
-    turns = {k:[] for k in models}
+    res = {k:[] for k in models}
     how = dict(timer=partial(clock, device), num_threads=threads)
     def timer(m): return Timer('model(*args, **kwargs)', globals=dict(model=m, args=args, kwargs=kwargs), **how)
     timers = {k:timer(m) for k,m in models.items()}
@@ -155,10 +156,10 @@ def compare(
             if isinstance(m, nn.Module): stack.enter_context(preserved(m, partial(sample.call, m)))
         # the first call of each also sets up whatever PyTorch sets up once
         slowest = max(run(k, 0).median for k in models)
-        n = min(max(int(seconds/slowest/2), 3), 10)
+        n = min(max(int(seconds/slowest/2), turns), 10)
         for i in progress_bar(range(n), leave=False) if progress else range(n):
-            for k in list(models)[::(-1)**i]: turns[k].append(run(k, seconds/n).times)
-    return Comparison((k, Latency(k, o, threads, device)) for k,o in turns.items())
+            for k in list(models)[::(-1)**i]: res[k].append(run(k, seconds/n).times)
+    return Comparison((k, Latency(k, o, threads, device)) for k,o in res.items())
 
 # %% ../nbs/10_cost.ipynb #e4ed0b21
 def latency(

@@ -16,6 +16,7 @@ from fastai.learner import *
 from fastai.torch_basics import *
 from fastai.callback.core import Callback
 from torch.utils.data import DataLoader as TorchDataLoader
+from .bench import FoldBench,bench
 from .fold import BN_Folder
 from .interrupt import block,check,interruptible,whole
 from .load import Misfit,adopt
@@ -246,6 +247,24 @@ def fold(self:Learner,
     fold.done(undo)
     res.metrics = {k:(v,after[k]) for k,v in before.items()}
     return res
+
+
+# %% ../nbs/15_learner.ipynb #5a1c4021
+@patch
+@whole
+@delegates(BN_Folder)
+def fold_bench(self:Learner,
+    sample=None, # Input to trace and to time: a tuple is positional arguments, a dict keyword arguments; by default a validation batch
+    normalize:bool=False, # Also fold the `Normalize` of the loaders into the model, which then takes images as they are?
+    seconds:float=.5, # About how long to time each model in each engine on each input
+    **kwargs
+)->FoldBench: # How long both models take in each engine
+    "Time `model` and a folded copy of it in each engine that is installed: does folding help the one you deploy on? The learner is as before."
+    folder = BN_Folder(**kwargs)
+    model,samples,norm,why = _images(self, folder, sample, normalize)
+    original,folded,plan = unwrap(model),unwrap(folder.fold(model, samples=samples)),folder.result
+    if norm is not None: folded,plan = left(folded, norm),renamed(plan, why)
+    return bench(original, folded, plan, samples[0].by_size(original), seconds, hasattr(self, 'progress'))
 
 
 # %% ../nbs/15_learner.ipynb #5a1c4003

@@ -1,7 +1,9 @@
 "One thread and the same random numbers for every test; and every plan that a test makes keeps norms for true reasons only."
 import random
+from functools import partial
 import numpy as np, pytest, torch
 import fasterfold.cover, fasterfold.fold, fasterfold.plan
+from fasterfold.bench import bench, engines
 from reasons import with_true_reasons
 
 torch.set_num_threads(1)
@@ -13,3 +15,13 @@ def seeded():
 @pytest.fixture(autouse=True)
 def true_reasons(monkeypatch):
     for m in (fasterfold.cover,fasterfold.fold,fasterfold.plan): monkeypatch.setattr(m, 'plan_folds', with_true_reasons(m.plan_folds))
+
+@pytest.fixture
+def moments(monkeypatch):
+    "Engines are timed for a moment only."
+    monkeypatch.setattr('fasterfold.bench.bench', partial(bench, seconds=.01))
+
+@pytest.fixture
+def only_eager(monkeypatch, moments):
+    "To compile and to export takes its time."
+    for k in [*engines][1:]: monkeypatch.delitem(engines, k)

@@ -121,7 +121,7 @@ def test_a_part_is_kept(box):
     assert "`keep` asks for what `0.0.0` returns" in call('plan', box/'export.pkl', '--trust', '--keep', '0.0.0').stdout
     assert_refused(call('plan', box/'export.pkl', '--trust', '--keep', 'body'), "`keep='body'`", code=1)
 
-def test_normalization_goes_along(box):
+def test_normalization_goes_along(box, only_eager):
     "Into the file; whoever loads it predicts the same, and the loaders normalize no more."
     learn = load_learner(box/'export.pkl')
     learn.path = box
@@ -196,17 +196,26 @@ print(load_learner('folded.pkl').predict('image.png')[0], load_learner('export.p
     a,b = res.stdout.split()[-2:]
     assert a==b
 
-def test_bench(box):
+def test_bench(box, only_eager):
     before = tree(box)
     res = call('bench', box/'export.pkl', '--trust', '--batch', 4)
     assert res.exit_code==0, res.output
-    assert 'latency, 1 item' in res.stdout and 'latency, batch of 4' in res.stdout
+    assert res.stdout.startswith('6 of 6 norms fold') and '1 item is (1,3,16,16), batch of 4 is (4,3,16,16).' in res.stdout
     assert tree(box)==before
 
-def test_bench_json(box, small_timm):
+def test_bench_json(box, small_timm, only_eager):
     def latencies(*args): return json.loads(call('bench', *args, '--batch', 4, '--json').stdout)['latency']
     for res in latencies(box/'export.pkl', '--trust'), latencies('--timm', 'resnet10t', '--weights', small_timm[1]/'weights.pth'):
-        assert res and all(o['median']>0 for group in res.values() for o in group.values())
+        assert [*res]==['1 item','batch of 4'] and all(group['eager'][k]['median']>0 for group in res.values() for k in ('original','folded'))
+
+def test_inputs_are_named(box, small_timm):
+    "Made up by the learner's own transforms, which resize to 16 pixels; a file by its name; numbers as what they are."
+    learner,weights = [box/'export.pkl','--trust'],['--timm','resnet10t','--weights',small_timm[1]/'weights.pth']
+    for args,said in [(learner, "a made-up image through the learner's own transforms, (1,3,16,16)"), ([*learner,'--sample',box/'image.png'], 'image.png, (1,3,16,16)'),
+        (weights, 'random numbers, (2,3,176,176)'), ([*weights,'--sample',box/'image.png'], 'image.png, (1,3,176,176)')]:
+        assert json.loads(call('plan', *args, '--json').stdout)['sample']==said
+    assert call('plan', *learner).stdout.endswith("\n\nInput: a made-up image through the learner's own transforms, (1,3,16,16).\n")
+    assert '\nInput: image.png, (1,3,16,16).\nWrote' in call('fold', *learner, '-o', box/'folded.pkl', '--sample', box/'image.png').stdout
 
 # What they refuse
 

@@ -14,6 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 from torch.nn.modules import module as hooks
 from fasterfold import interrupt
+from fasterfold.bench import engines
 from fasterfold.cli import app
 from fasterfold.edit import Snapshot
 from fasterfold.all import BN_Folder,FoldCallback,FoldedValidation,fold_like,latency
@@ -166,6 +167,10 @@ def test_fold_with_every_option(plain):
     assert_as_it_was(seen_by(plain), f, 6, lambda: is_folded(plain), plain.unfold)
 
 def test_fold_plan(plain): assert_as_it_was(seen_by(plain), plain.fold_plan, 6)
+
+def test_fold_bench(plain, monkeypatch):
+    for k in [*engines][2:]: monkeypatch.delitem(engines, k) # those that are not ours
+    assert_as_it_was(seen_by(plain), partial(plain.fold_bench, seconds=.001), 6)
 
 def test_folded(plain):
     inside = 0
