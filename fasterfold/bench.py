@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from .cost import UNITS, Comparison, compare, show_seconds
 from .interrupt import block, interruptible, whole
 from .plan import FoldPlan
+from .program import exportable
 from .proof import distance, eps_of, run_as
 from .sample import Sample, returned
 from .state import copy_model, preserved
@@ -38,12 +39,7 @@ class Case:
         self.args,self.kwargs = sample.copied()
 
     @cached_property
-    def plain(self)->nn.Module:
-        "A copy of the model without fastai's `ToTensorBase`."
-        res = copy_model(self.model)
-        def is_type(m): return (type(m).__module__,type(m).__name__)==('fastai.layers','ToTensorBase')
-        for m in res.modules(): m._modules.update({k:nn.Identity() for k,o in m.named_children() if is_type(o)})
-        return res
+    def plain(self)->nn.Module: return exportable(self.model)
 
     @cached_property
     def onnx(self)->str:

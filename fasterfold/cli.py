@@ -212,15 +212,16 @@ def fold(output:_Output, file:_File=None, trust:_Trust=False, timm:_Timm=None, w
     _print_report(res, said, as_json, input=str(file or weights), sample=subject.input, output=str(output), report=report and str(report), bytes=size)
 
 # %% ../nbs/17_cli.ipynb #5a1c9102
-def _fold_export(subject, output, items, keep, merge_branches, normalize, uint8, nhwc):
+def _fold_export(subject, output, sample, keep, merge_branches, normalize, uint8, nhwc):
     "Write the model of `subject`, folded, to `output`."
     from fasterfold.export import Deployed, write_file
     from fasterfold.fold import BN_Folder
     from fasterfold.state import unwrap
     options = dict(keep=keep or (), merge_branches=merge_branches)
-    if hasattr(subject.whole, 'dls'): return subject.whole.fold_export(output, items, normalize, uint8, nhwc, **options)
+    if hasattr(subject.whole, 'dls') and subject.items is None: raise Stop('Nothing could be made up that the transforms of this learner take: pass --sample IMAGE.')
+    if hasattr(subject.whole, 'dls'): return subject.whole.fold_export(output, subject.items, normalize, uint8, nhwc, **options)
     if normalize or uint8: raise Stop('--normalize and --uint8 are for learners: what was given has no loaders that normalize.')
-    folder,sample = BN_Folder(**options),subject.sample(items and items[0])
+    folder = BN_Folder(**options)
     original,_ = fold_subject(subject, folder, sample)
     return write_file(output, Deployed(original, nhwc=nhwc), Deployed(unwrap(subject.model), nhwc=nhwc), sample.args, folder.result)
 
@@ -230,16 +231,17 @@ def export(output:_Output, file:_File=None, trust:_Trust=False, timm:_Timm=None,
     normalize:_Normalize=False, uint8:_Uint8=False, nhwc:_Nhwc=False, merge_branches:_Merge=False, force:_Force=False, as_json:_Json=False):
     "Fold a model, and write it for an inference engine: .onnx, or .pt2 for PyTorch. The file is read back and run, and not written if it computes something else."
     check_outputs([output], [file,weights,sample], force)
-    with _steps(2) as step:
+    with _steps(3) as step:
         step('Loading')
         subject = open_model(file, trust, timm, weights)
+        step('Making an input')
+        x = subject.sample(sample)
         step('Folding, writing and running')
-        items = [sample] if sample else None
-        with folding(): res = _fold_export(subject, output, items, keep, merge_branches, normalize, uint8, nhwc)
+        with folding(): res = _fold_export(subject, output, x, keep, merge_branches, normalize, uint8, nhwc)
     norms = dict(folded=len(res.plan.folded), kept=len(res.plan.kept))
     compared = dict(engine=res.engine, on=res.shapes, difference=res.proof.diff)
-    about = dict(input=str(file or weights), output=str(output), bytes=res.bytes, **res.meta, norms=norms, compared=compared)
-    typer.echo(json.dumps(about, indent=1) if as_json else str(res))
+    about = dict(input=str(file or weights), output=str(output), bytes=res.bytes, sample=subject.input, **res.meta, norms=norms, compared=compared)
+    typer.echo(json.dumps(about, indent=1) if as_json else f'{res}\n\n{_ran_on(subject)}')
 
 # %% ../nbs/17_cli.ipynb #cd037f9c
 @app.command(epilog=_examples('fasterfold bench export.pkl --trust', 'fasterfold bench export.pkl --trust --sample cat.png --batch 64 --json',

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 from fastai.data.transforms import IntToFloatTensor, Normalize
-from fastai.layers import ToTensorBase
 from fastai.learner import Learner
 from fastcore.basics import noop, patch
 from fastcore.meta import delegates
@@ -23,6 +22,7 @@ from .interrupt import interruptible, whole
 from .learner import batch_of, inputs_in
 from .normalize import Normalized, in_front, left, loader_norm, renamed
 from .plan import FoldPlan
+from .program import exportable
 from .proof import Proof, compare_runs, distance, eps_of, prove, run_as
 from .sample import Sample, returned
 from .state import FoldError, check_model, copy_model
@@ -249,12 +249,6 @@ def _pixel_norm(learn, dl, batch, uint8):
     return Normalize(norm.mean.cpu()*div, norm.std.cpu()*div)
 
 # %% ../nbs/17_export.ipynb #5a1c9038
-def _plain(model):
-    "A copy of `model` on the CPU, without fastai's `ToTensorBase`, which sets the type of a U-Net's result and cannot be exported."
-    res = copy_model(model).cpu().eval()
-    for m in res.modules(): m._modules.update({k:nn.Identity() for k,o in m._modules.items() if isinstance(o, ToTensorBase)})
-    return res
-
 def _inputs(learn, dl, skip=()):
     "What the model gets of the first batch of `dl`, as plain tensors on the CPU, without transforms of batches of the kinds `skip`."
     return Sample(inputs_in(learn, batch_of(dl, skip=skip))).map(lambda t: t.as_subclass(torch.Tensor).cpu()).args
@@ -267,7 +261,7 @@ def _with_pixels(learn, dl, model, folder, batch, uint8):
     same = args[0].shape==x.shape and distance([before.normalize(args[0].to(x.dtype))], [x])<1e-5
     if not same or uint8!=(args[0].dtype==torch.uint8): raise FoldError("The loaders do more to a batch of images than a file can do: have it done to each item "
         f"(`item_tfms`), or leave out `normalize` and `uint8`. They do: {', '.join(_steps_of(dl))}.")
-    front,samples,why = in_front(folder, _plain(model), norm, [Sample(batch)])
+    front,samples,why = in_front(folder, copy_model(model), norm, [Sample(batch)])
     folder.fold(front, samples=samples, inplace=True)
     renamed(folder.result, why, "The file normalizes images: it does so")
     return before,left(front, norm),args
@@ -290,7 +284,7 @@ def fold_export(self:Learner,
     dls,folder = self.dls,BN_Folder(**kwargs)
     if items is None and not (len(dls.loaders)>1 and len(dls.valid)): raise FoldError("This learner has no validation set: pass `items=` to compare on, such as image files.")
     dl = dls.valid if items is None else dls.test_dl(items, num_workers=0)
-    before,batch = _plain(check_model(self.model)),_inputs(self, dl)
+    before,batch = exportable(check_model(self.model)).cpu().eval(),_inputs(self, dl)
     if nhwc and not _is_image(batch[0]): raise FoldError("`nhwc=True`: the model's first input is no image.")
     if normalize or uint8: before,after,args = _with_pixels(self, dl, before, folder, batch, uint8)
     else: after,args = folder.fold(before, samples=[Sample(batch)]),batch

@@ -98,37 +98,38 @@ class Subject:
     "A model from a file."
     model:object # The model
     whole:object # What is pickled: its `Learner`, or the model itself
-    to_input:callable # Makes the model's input of an image file
+    to_input:callable # Makes the model's input of items, such as image files
     new:callable=None # Makes the same architecture anew, where that is known
     example:object=None # What it was exported with, where that is known
-    made_up:callable=None # Gives inputs that are made up, the best first, each with what it is
+    made_up:callable=None # Gives items that are made up, the best first, each with what it is
     input:str='' # What the last `sample` is, in words
+    items:object=None # What it was made of, if it was
 
     def sample(self,
         image:Path=None, # An image file; by default an input is made up
     ):
         "An input for the model."
-        what,res = self._without() if image is None else (image.name,self._of(image))
+        what,res,self.items = self._without() if image is None else (image.name,self._of(image),[image])
         self.input = f'{what}, {res}'
         return res
 
     def _of(self, image):
         from fasterfold.sample import Sample
         _check_input(image)
-        try: return Sample.of(self.to_input(image))
+        try: return Sample.of(self.to_input([image]))
         except Exception as e: raise Stop(f'{image} cannot be made an input of this model ({type(e).__name__}: {e}): '
             'give an image like those it was trained on.') from e
 
     def _without(self):
         from fasterfold.sample import Sample
         from fasterfold.state import FoldError,unwrap
-        if self.example is not None: return 'what it was exported with',self.example
+        if self.example is not None: return 'what it was exported with',self.example,None
         model = unwrap(self.model)
         try:
-            for what,x in self.made_up() if self.made_up else ():
-                if _runs(model, x := Sample.of(x)): return what,x
+            for what,items in self.made_up() if self.made_up else ():
+                if _runs(model, x := Sample.of(self.to_input(items))): return what,x,items
         except Exception: pass # these transforms take what nobody can make up
-        try: return 'random numbers',Sample.of(None, model)
+        try: return 'random numbers',Sample.of(None, model),None
         except FoldError as e: raise Stop('No input could be made up for this model: pass --sample IMAGE, or fold it in Python '
             'with BN_Folder().fold(learn.model, sample=...).') from e
 
@@ -155,17 +156,17 @@ def _row(table):
     return pd.DataFrame([cats|{c:means.get(c, 0.)+stds.get(c, 1.)*draw.randn() for c in table.cont_names}])
 
 def _made_up(dls, to_inputs):
-    "Inputs made up for what the transforms of `dls` take, the best first, each with what it is."
+    "Items made up for what the transforms of `dls` take, the best first, each with what it is."
     from fastai.vision.core import PILBase
     data,by = dls.train_ds,"through the learner's own transforms"
-    if hasattr(data, 'procs'): yield "a made-up row through the learner's own procs",to_inputs(_row(data))
+    if hasattr(data, 'procs'): yield "a made-up row through the learner's own procs",_row(data)
     lists = data.tls[:dls.n_inp] if hasattr(data, 'tls') else [data]
     types = [c for l in lists for t in getattr(l, 'types', ()) for c in (t if isinstance(t, (tuple,list)) else [t]) if isinstance(c, type)]
     if kind := next((c for c in types if issubclass(c, PILBase)), None):
         small,other = ([x.shape for x in to_inputs([_noise(kind, n)])] for n in (64,96))
         what = f"a made-up image {by}{', which set no size' if small!=other else ''}"
-        for n in (64,128,224,256,384,512): yield what,to_inputs([_noise(kind, n)])
-    elif str in types: yield f'a made-up text {by}',to_inputs(['This is a text that nobody has written. '*4])
+        for n in (64,128,224,256,384,512): yield what,[_noise(kind, n)]
+    elif str in types: yield f'a made-up text {by}',['This is a text that nobody has written. '*4]
 
 
 # %% ../nbs/16_files.ipynb #a225b46b
@@ -175,21 +176,21 @@ def _learner_subject(path):
     def to_inputs(items):
         dl = learn.dls.test_dl(items, bs=1, num_workers=0, device=torch.device('cpu'))
         return tuple(dl.one_batch()[:learn.dls.n_inp])
-    return Subject(learn.model, learn, lambda image: to_inputs([image]), made_up=lambda: _made_up(learn.dls, to_inputs))
+    return Subject(learn.model, learn, to_inputs, made_up=lambda: _made_up(learn.dls, to_inputs))
 
 def _timm_subject(name, path):
     model,new = _read_timm(name, path)
-    def to_input(image):
+    def to_input(images):
         from PIL import Image
         from timm.data import create_transform,resolve_data_config
-        return create_transform(**resolve_data_config({}, model=model))(Image.open(image).convert('RGB'))[None]
+        return create_transform(**resolve_data_config({}, model=model))(Image.open(images[0]).convert('RGB'))[None]
     return Subject(model, model, to_input, new)
 
 # %% ../nbs/16_files.ipynb #5a1c6015
 def _program_subject(path, trust):
     from fasterfold.program import inputs_of, module_of
     program = _read_program(path, trust)
-    def to_input(image): raise TypeError('an exported program takes tensors: leave --sample out')
+    def to_input(items): raise TypeError('an exported program takes tensors: leave --sample out')
     return Subject(module_of(program), program, to_input, example=inputs_of(program))
 
 def fold_subject(
