@@ -173,6 +173,7 @@ def test_command(box):
     res = call('export', box/'export.pkl', '-o', box/'m.pt2', '--trust', '--json', '--sample', box/'image.png')
     found = json.loads(res.stdout)
     assert found['norms']['folded']==6 and found['inputs']['image']['dtype']=='float32' and found['compared']['engine']=='PyTorch' and found['bytes']==(box/'m.pt2').stat().st_size
+    assert 'a made-up image through' in call('export', box/'export.pkl', '-o', box/'m.pt2', '--trust', '--uint8', '--force').stdout
     assert_refused(call('export', box/'export.pkl', '-o', box/'m.onnx', '--trust'), 'exists already')
     assert_refused(call('export', box/'export.pkl', '-o', box/'m.tflite', '--trust', '--sample', box/'image.png'), '.onnx and .pt2', code=1)
     assert_refused(call('fold', box/'export.pkl', '-o', box/'folded.onnx', '--trust'), 'fasterfold export', '.safetensors')
