@@ -179,18 +179,18 @@ def _row(self:FoldBench, input, engine):
     by,base,r = self.latency[input][engine],self.latency[input]['eager']['original'],self.ratio(input, engine)
     times = [f(by[w]) if w in by else '–' for w in ('original','folded') for f in (lambda o: show_seconds(o.median), lambda o: show_seconds(o.iqr))]
     all_in_all = f"{by['folded'].ratio(base):.2f}" if 'folded' in by else '–'
-    return [engine, self.verdict(input, engine), '–' if r is None else f'{r[0]:.2f} ({r[1]:.2f} to {r[2]:.2f})', *times, all_in_all]
+    return [engine, self.verdict(input, engine), '–' if r is None else f'{r[0]:.2f} ({r[1]:.2f}–{r[2]:.2f})', *times, all_in_all]
 
 @patch(as_prop=True)
 def _table(self:FoldBench):
-    head = ['input','engine','folding','folded/original','original','IQR','folded','IQR','of eager original']
+    head = ['input','engine','folding','folded/original','original','IQR','folded','IQR','of eager']
     return [head, *([k if not i else '', *self._row(k, e)] for k,es in self.latency.items() for i,e in enumerate(es))]
 
 @patch(as_prop=True)
 def _said(self:FoldBench):
     where = dict.fromkeys(es['eager'].base.where for es in self.latency.values())
-    res = [f'Medians on {w}, all timed in turns. In brackets: between what the ratio lies with 95 % confidence. Last: the folded model there by the original in eager PyTorch.' for w in where]
-    return res+[', '.join(f'{k} is {s}' for k,s in self.shapes.items())+'.']*bool(self.shapes)+self.notes
+    res = [f'Medians on {w}, all timed in turns. In brackets: between what the ratio lies with 95 % confidence. Last: the time of the folded model there by that of the original in eager PyTorch.' for w in where]
+    return res+['; '.join(f'{k} is {s}' for k,s in self.shapes.items())+'.']*bool(self.shapes)+self.notes
 
 # %% ../nbs/14_bench.ipynb #5a1cb032
 @patch

@@ -54,9 +54,9 @@ def test_an_image_learner(tmp_path, uncompiled):
     lines = res.stdout.splitlines()
     rows = [l for l in lines if any(f' {k}  ' in l for k in engines)]
     assert [next(k for k in engines if f' {k}  ' in l) for l in rows]==['eager','channels_last']*2
-    assert rows[0].startswith('1 item ') and rows[2].startswith('batch of 4 ') and not any(' – ' in l for l in rows)
+    assert rows[0].startswith('1 item ') and rows[2].startswith('batch of 4 ') and not any('  –' in l for l in rows)
     assert all(any(v in l for v in ('helps','no difference measured','takes longer')) for l in rows)
-    assert f'Medians on cpu, {torch.get_num_threads()} thread' in res.stdout and '1 item is (1,3,24,24), batch of 4 is (4,3,24,24).' in lines
+    assert f'Medians on cpu, {torch.get_num_threads()} thread' in res.stdout and '1 item is (1,3,24,24); batch of 4 is (4,3,24,24).' in lines
     assert lines[-3:]==[*(f'{k} is not installed: pip install {o}' for k,o in gone),"Input: a made-up image through the learner's own transforms, (1,3,24,24)."]
 
 def test_a_tabular_learner(tmp_path, uncompiled):
@@ -166,7 +166,7 @@ def test_what_helps_and_what_was_not_measured():
     cases = {'helps':(.7,.8,.9,.8,.9,.85), 'takes longer':(1.1,1.2,1.3,1.1,1.1,1.2), 'no difference measured':(.7,.8,.9,.8,.9,1.1)}
     res = FoldBench(FoldPlan([Folded('bn', ['conv'], 'back')], []), {'<1 item>':{k:timed(*v) for k,v in dict(eager=cases['helps'], **cases).items()}})
     assert [res.verdict('<1 item>', k) for k in cases]==[*cases] and res.ratio('<1 item>', 'takes longer')==pytest.approx((1.15,1.1,1.3))
-    assert res.verdict('<1 item>', 'eager')=='helps' and '0.82 (0.70 to 0.90)' in str(res)
+    assert res.verdict('<1 item>', 'eager')=='helps' and '0.82 (0.70–0.90)' in str(res)
     page = Balance(res._repr_html_())
     assert '<1 item>' in page.text and not page.links and all(k in page.text for k in cases)
     fig = res.plot()

@@ -200,7 +200,7 @@ def test_bench(box, only_eager):
     before = tree(box)
     res = call('bench', box/'export.pkl', '--trust', '--batch', 4)
     assert res.exit_code==0, res.output
-    assert res.stdout.startswith('6 of 6 norms fold') and '1 item is (1,3,16,16), batch of 4 is (4,3,16,16).' in res.stdout
+    assert res.stdout.startswith('6 of 6 norms fold') and '1 item is (1,3,16,16); batch of 4 is (4,3,16,16).' in res.stdout
     assert tree(box)==before
 
 def test_bench_json(box, small_timm, only_eager):

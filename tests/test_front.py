@@ -119,7 +119,7 @@ def test_every_argument_of_the_public_interface_is_explained():
     from fastai.learner import Learner
     fs = [getattr(fasterfold, k) for k in fasterfold._home]
     fs += [f for c in fs if isinstance(c, type) for k,f in vars(c).items() if inspect.isfunction(f) and k[0]!='_' and f.__doc__]
-    fs += [Learner.fold,Learner.fold_bn,Learner.fold_plan,Learner.folded]
+    fs += [Learner.fold,Learner.fold_bn,Learner.fold_plan,Learner.fold_bench,Learner.folded]
     for f in fs:
         f = f.__init__ if isinstance(f, type) else f
         if not inspect.isfunction(f): continue # an exception
@@ -167,12 +167,12 @@ def test_wrong_options(option, value):
 def test_unknown_options(make):
     with pytest.raises(TypeError, match='chanels_last'): make(chanels_last=True)
 
-@pytest.mark.parametrize('how', ['fold','fold_bn','fold_plan','folded'])
+@pytest.mark.parametrize('how', ['fold','fold_bn','fold_plan','fold_bench','folded'])
 def test_learners_refuse_wrong_options_first(how, tmp_path, monkeypatch):
     "Before a batch is drawn, metrics are computed or the model is copied."
     learn = KINDS['vision'](tmp_path)
     def touched(*args, **kwargs): raise AssertionError('something was done')
-    for f in ('_samples','_scores','copy_model','report'): monkeypatch.setattr(f'fasterfold.learner.{f}', touched)
+    for f in ('_samples','_scores','copy_model','report','bench'): monkeypatch.setattr(f'fasterfold.learner.{f}', touched)
     opt = learn.opt = object()
     with pytest.raises(FoldError, match="`channels_last` is True, False or 'auto', and not 'Auto'"):
         res = getattr(learn, how)(channels_last='Auto')

@@ -107,7 +107,7 @@ def test_all_brings_public_names():
     public = 'BN_Folder FoldError FoldPlan FoldReport count_parameters latency FoldCallback FoldedValidation'.split()
     assert not [o for o in public if o not in ns]
     from fastai.learner import Learner
-    assert all(hasattr(Learner, o) for o in ('fold','fold_bn','fold_plan','folded'))
+    assert all(hasattr(Learner, o) for o in ('fold','fold_bn','fold_plan','fold_bench','folded'))
 
 @pytest.mark.parametrize('lib', ['fastai.vision.all','fastai.tabular.all','fastai.collab'])
 def test_all_shadows_nothing_of_fastai(lib):
