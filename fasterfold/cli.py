@@ -163,7 +163,7 @@ def _fold(
             original,folder,(sample,),subject.model = fold.original,fold.folder,fold.samples,subject.whole.model
         else:
             folder = BN_Folder(**options)
-            folder.chooses = False # the report does
+            folder.chooses = engines # else the report does
             original,_ = fold_subject(subject, folder, sample)
     if engines:
         from fasterfold.bench import bench
