@@ -25,7 +25,7 @@ from .program import exportable
 from .proof import distance, eps_of, run_as
 from .sample import Sample, returned
 from .state import copy_model, preserved
-from .table import html_table, styled, text_table
+from .table import html_table, marked, styled, text_table
 
 # %% ../nbs/14_bench.ipynb #5a1cb007
 class Case:
@@ -201,7 +201,7 @@ def __repr__(self:FoldBench): return str(self)
 
 @patch
 def _repr_html_(self:FoldBench):
-    return styled(f'<p><b>{html.escape(self.plan.summary)}</b></p>', html_table(self._table, left=(1,2)), *(f'<p class="note">{html.escape(n)}</p>' for n in self._said))
+    return styled(f'<p><b>{html.escape(self.plan.summary)}</b></p>', html_table(self._table, left=(1,2)), *(f'<p class="note">{marked(n)}</p>' for n in self._said))
 
 # %% ../nbs/14_bench.ipynb #5a1cb01c
 @patch

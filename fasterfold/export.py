@@ -6,7 +6,7 @@
 __all__ = ['FORMATS', 'Deployed', 'Exported', 'write_file']
 
 # %% ../nbs/17_export.ipynb #5a1c9004
-import html, inspect, json, re, torch
+import inspect, json, re, torch
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -26,7 +26,7 @@ from .program import exportable
 from .proof import Proof, compare_runs, distance, eps_of, prove, run_as
 from .sample import Sample, returned
 from .state import FoldError, check_model, copy_model
-from .table import html_table, styled, text_table
+from .table import html_table, marked, styled, text_table
 
 # %% ../nbs/17_export.ipynb #5a1c9007
 class Deployed(nn.Module):
@@ -182,8 +182,8 @@ class Exported:
     def __str__(self): return '\n\n'.join([next(lines := self._lines), text_table(self._table, left=(1,2,3)), *lines, *self.plan.notes])
     __repr__ = __str__
     def _repr_html_(self):
-        first,*rest = [f'<p>{html.escape(o)}</p>' for o in (*self._lines, *self.plan.notes)]
-        return styled(first, html_table(self._table, left=(1,2,3)), *rest)
+        first,*rest = [f'<p class="note">{marked(o)}</p>' for o in (*self._lines, *self.plan.notes)]
+        return styled(first.replace(' class="note"', ''), html_table(self._table, left=(1,2,3)), *rest)
 
 # %% ../nbs/17_export.ipynb #5a1c9035
 def _compared(runs, before, args):

@@ -6,7 +6,7 @@
 __all__ = ['Rounding', 'rounding', 'blocks', 'folded_rows', 'kept_rows', 'FoldReport', 'Figure', 'report']
 
 # %% ../nbs/14_report.ipynb #1fef0adf
-import html,io,json,math,os,re
+import html,io,json,math,os
 from dataclasses import dataclass,field
 from pathlib import Path
 import matplotlib.figure, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
@@ -14,11 +14,11 @@ from fastcore.basics import patch
 from torch import nn
 from .cost import Comparison,UNITS,compare,count_parameters,model_size,peak_memory,show_seconds
 from .formats import Formats
-from .plan import FoldPlan
+from .plan import FoldPlan, by_reason
 from .proof import run_as
 from .sample import Sample
 from .state import wide
-from .table import html_table,styled,text_table
+from .table import html_table,marked,styled,text_table
 
 # %% ../nbs/14_report.ipynb #78804f9e
 @dataclass
@@ -60,14 +60,6 @@ def blocks(
     levels = [level(d) for d in range(max(map(len, parts.values()), default=1), 0, -1)]
     return next((l for l in levels if len(set(l.values()))<=limit), levels[-1])
 
-# %% ../nbs/14_report.ipynb #c2ae90cd
-_qualified = re.compile(r'`[\w.]+`|\b\w+(?:\.\w+)+\b')
-
-def _common(reasons):
-    "What `reasons` say, with … for names in which they differ."
-    names = iter(ns[0] if len(set(ns))==1 else '…' for ns in zip(*map(_qualified.findall, reasons)))
-    return _qualified.sub(lambda _: next(names), reasons[0])
-
 # %% ../nbs/14_report.ipynb #3d2cd0f0
 def _several(names):
     "A few names, or the ends of many."
@@ -99,8 +91,7 @@ def kept_rows(
     limit:int=12, # Rows at most
 )->list: # Rows of text, the first the head
     "Kept norms by reason, the commonest first: how many, which ones and why."
-    groups = _groups(plan.kept, lambda k: _qualified.sub('…', k.reason))
-    rows = [[_several([k.norm for k in ks]), str(len(ks)), _common([k.reason for k in ks])] for ks in sorted(groups.values(), key=lambda o: -len(o))]
+    rows = [[_several([k.norm for k in ks]), str(len(ks)), why] for ks,why in by_reason(plan.kept)]
     more = lambda rs: [f'and {len(rs)} more', str(sum(int(r[1]) for r in rs)), 'other reasons: see `.to_df()`']
     return [['norm', 'norms', 'why'], *_cut(rows, limit, more)]
 
@@ -239,7 +230,7 @@ def __repr__(self:FoldReport): return str(self)
 @patch
 def _repr_html_(self:FoldReport):
     res = [f'<p><b>{html.escape(self.headline)}</b></p>', html_table(rows := self._rows, left=(len(rows[0])-1,), bars=[f.share for f in self.figures])]
-    res += [f'<p class="note">{html.escape(n)}</p>' for n in self._notes]
+    res += [f'<p class="note">{marked(n)}</p>' for n in self._notes]
     if self.plan.folded: res.append(html_table(folded_rows(self.plan), left=(2,3)))
     if self.plan.kept: res.append('<p>Kept:</p>'+html_table(kept_rows(self.plan), left=(2,)))
     return styled(*res)

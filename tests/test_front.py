@@ -78,7 +78,7 @@ def test_the_package_is_a_module_like_others():
 def test_star_import_is_for_plain_pytorch():
     ns = {}
     exec('from fasterfold import *', ns)
-    assert {k for k in ns if k!='__builtins__'}=={*fasterfold._home}-{'FoldCallback','FoldedValidation'}
+    assert {k for k in ns if k!='__builtins__'}=={*fasterfold._home}-{'FoldCallback','FoldedValidation','Exported'}
 
 def test_reloaded_modules_are_seen():
     "The package keeps no object of its own that a reload would leave behind."
