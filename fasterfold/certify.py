@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ONE', 'ZERO', 'LAWS', 'Ball', 'either', 'stored', 'Undecided', 'Match', 'equal', 'Rows', 'multiple', 'Core', 'Val',
            'held', 'rows', 'number', 'Table', 'law', 'Args', 'same_function', 'along', 'channels', 'only', 'linear_in',
-           'linear', 'parts', 'total', 'told', 'Walk', 'Unfit', 'lined', 'moved', 'regrouped', 'shape_law', 'merged',
-           'Certificate', 'certify']
+           'linear', 'parts', 'total', 'told', 'Walk', 'Unfit', 'lined', 'moved', 'regrouped', 'shape_law', 'common',
+           'merged', 'Certificate', 'certify']
 
 # %% ../nbs/14_certify.ipynb #ce270004
-import hashlib, html, inspect, itertools, json, operator, os, sympy, torch, torch.nn.functional as F
+import hashlib, html, inspect, itertools, json, operator, os, re, sympy, torch, torch.nn.functional as F
 from collections import Counter
 from importlib import import_module
 from dataclasses import dataclass, field
@@ -161,7 +161,7 @@ _fits = 1+1e-6 # how far differences in units of what is allowed are themselves 
 # %% ../nbs/14_certify.ipynb #ce270015
 class Core:
     "A value that has got a name."
-    def __init__(self, id, key, nums): self.id,self.key,self.nums,self.parts,self.seen = id,key,nums,None,[]
+    def __init__(self, id, key, nums): self.id,self.key,self.nums,self.parts,self.shape,self.seen = id,key,nums,None,None,[]
 
 class Val:
     "What is known of a value: it is `s·core + t`. These numbers have its dimensions, of size 1 where they are all the same."
@@ -216,7 +216,7 @@ class Table:
         had = self.cores.setdefault(key, [])
         m,c,ok = self._near([(match(c.nums, nums),c) for c in had])
         if ok: return c,m
-        if self.folded: self.misses.append((self.at, m or near))
+        if self.folded: self.misses.append((self.at, m if m or not near else near))
         had.append(c := Core(len(self.byid), key, nums))
         self.byid.append(c)
         return c,None
@@ -242,9 +242,11 @@ def read(self:Table,
     k = ONE if how=='exact' else either(s.m!=0, s, either(t.m!=0, t, ONE))
     if how=='positive': k = abs(k)
     if how!='exact': s,t = either(s.m==k.m, ONE, either(s.m==-k.m, -ONE, s*k.inv())),either(t.m==0, t, t*k.inv())
-    if x.core is not None and bool((s.m==1).all()) and not s.r.any() and not t.m.any(): return x.like(x.core, k)
+    if x.core is not None and s.has(1).all() and t.has(0).all(): return x.like(x.core, k)
     key = ('number',x.shape,x.dtype) if x.core is None else ('map',x.core.id)
-    return x.like(self.find(key, [s,t], near=near)[0], k)
+    core,_ = self.find(key, [s,t], near=near)
+    core.shape = core.shape or x.shape
+    return x.like(core, k)
 
 # %% ../nbs/14_certify.ipynb #ce27001e
 LAWS = {} # name of an operation to its law
@@ -302,9 +304,10 @@ def _root(b): return Ball(b.m.sqrt(), b.r/b.m.sqrt()+_ulp*b.m.sqrt())
 def _batch_norm(w, a, n):
     "γ(x-μ)/√(v+ε) + β: a map, if nothing of it is computed from the input."
     x,v = a.first,number(a.running_var)
-    if a.training or a.use_input_stats or v is None: raise Undecided("takes the statistics of its input")
+    if v is None and a.running_var is None and a.running_mean is None: return same_function(w, a, n)
+    if a.training or a.use_input_stats: raise Undecided("writes the statistics of its input to its own")
     g,b,mean = _constant(a.weight, ONE),_constant(a.bias, ZERO),number(a.running_mean)
-    if g is None or b is None or mean is None: return same_function(w, a, n)
+    if any(o is None for o in (g,b,mean,v)): return same_function(w, a, n)
     if not (v.m+a.eps-v.r>0).all(): raise Undecided("divides by the root of a number that is not positive")
     k = g*_root(v+Ball(a.eps)).inv()
     to = lambda o: along(o, 1, x.rank) if o.shape else o
@@ -336,7 +339,10 @@ def linear_in(
     return Val(core, along(s, d, rank) if s.shape else s, b)
 
 # %% ../nbs/14_certify.ipynb #ce27002b
-def _ints(v, n): return [*v]*(n//len(v)) if isinstance(v, (list,tuple)) else [v]*n
+def _ints(v, n=1):
+    "Numbers for `n` dimensions, of which one may have been given for all."
+    v = [*v] if isinstance(v, (list,tuple)) else [v]
+    return v*n if len(v)==1 else v
 
 def _turned(W, g):
     "The kernel of a transposed convolution of `g` groups with its outputs first."
@@ -495,9 +501,14 @@ def sizes(self:Walk, t):
 def shaped(self:Walk, v, meta):
     "`v` with the sizes of the value that it is."
     if isinstance(meta, (list,tuple)): return [self.shaped(*o) for o in zip(v, meta)]
-    if isinstance(v, Val) and isinstance(meta, Tensor):
-        v = Val(v.core, v.s, v._t, v.raw, v.rounded, tuple(map(self.expr, meta.shape)), meta.dtype)
-    return v
+    if not isinstance(v, Val) or not isinstance(meta, Tensor): return v
+    shape = tuple(map(self.expr, meta.shape))
+    def fits(b): return len(b.shape)<=len(shape) and all(n in (1,k) or not isinstance(k, int) for n,k in zip(b.shape[::-1], shape[::-1]))
+    if v.raw is None and not (fits(v.s) and fits(v._t)): raise Undecided("has a law that fails: its map has other sizes")
+    if v.core and v.core.shape is None: v.core.shape = shape
+    core = self.table.find(('expand',shape,v.core.id))[0] if v.core and v.core.shape!=shape else v.core # what was added or multiplied was larger
+    if core: core.shape = shape
+    return Val(core, v.s, v._t, v.raw, v.rounded, shape, meta.dtype)
 
 @patch
 def inputs(self:Walk):
@@ -557,7 +568,9 @@ def call(self:Walk, n):
     "What the node `n` gives."
     f,v = n.target,n.meta.get('val')
     if f is operator.getitem:
-        if isinstance(v, Tensor): return self.value(n.args[0])[n.args[1]]
+        if isinstance(v, Tensor):
+            if (res := self.value(n.args[0])[n.args[1]]) is None: raise Undecided("is a result that has no law")
+            return res
     if v is not None and not isinstance(v, (Tensor,list,tuple)): return self.expr(v)
     if v is None or not isinstance(f, torch._ops.OpOverload): raise Undecided("no law")
     name = self.name(n)
@@ -595,6 +608,7 @@ def write(self:Walk, n):
 def node(self:Walk, n):
     try: self.env[n] = self.shaped(self.call(n), n.meta.get('val'))
     except Undecided as e: self.env[n] = told(e, n)
+    except Exception as e: self.env[n] = told(Undecided(f"has a law that fails ({type(e).__name__}: {e})"), n)
     f = n.target
     op = isinstance(f, torch._ops.OpOverload)
     shares = f is operator.getitem or op and (_aliases(f) or f._schema.is_mutable)
@@ -611,7 +625,7 @@ def run(self:Walk):
         if n.op=='call_function': self.node(n)
     return self
 
-# %% ../nbs/14_certify.ipynb #ce27004c
+# %% ../nbs/14_certify.ipynb #ce27004e
 @law('sub')
 def _sub(w, a, n):
     "x - y = x + (-1)·y"
@@ -628,7 +642,7 @@ def _neg(w, a, n):
     "-(s·u + t) = (-s)·u + (-t)"
     return _scaled(a.first, Ball(-1.)) if _is_real(n) else same_function(w, a, n)
 
-# %% ../nbs/14_certify.ipynb #ce27004d
+# %% ../nbs/14_certify.ipynb #ce27004f
 @law('mul')
 def _mul(w, a, n):
     "c(s·u + t) = cs·u + ct; (s·u)(r·v) = sr·uv"
@@ -649,7 +663,7 @@ def _div(w, a, n):
     x = w.table.read(x, 'scale')
     return Val(same_function(w, Args(self=x.like(x.core), other=y), n).core, x.s)
 
-# %% ../nbs/14_certify.ipynb #ce27004f
+# %% ../nbs/14_certify.ipynb #ce270051
 @law('to','_to_copy','type_as')
 def _to(w, a, n):
     "x = x, for real numbers"
@@ -668,7 +682,7 @@ def _full(w, a, n):
     v = 0 if 'zeros' in (k := w.name(n)) else 1 if 'ones' in k else number(a.fill_value)
     return same_function(w, a, n) if v is None else Val(None, ZERO, v if isinstance(v, Ball) else Ball(float(v)))
 
-# %% ../nbs/14_certify.ipynb #ce270051
+# %% ../nbs/14_certify.ipynb #ce270053
 def _standard(w, a, n, key, d):
     "The law of norms whose weights are along dimension `d`, or if that is None along the last ones."
     x,g,b = a.first,_constant(a.weight, ONE),_constant(a.bias, ZERO)
@@ -689,7 +703,7 @@ def _group_norm(w, a, n):
     "γ·û + β, where û is what has been standardized"
     return _standard(w, a, n, ('group',a.num_groups), 1)
 
-# %% ../nbs/14_certify.ipynb #ce270053
+# %% ../nbs/14_certify.ipynb #ce270055
 class Unfit(Exception): "A map cannot go the way of its value."
 
 def lined(b, rank):
@@ -702,13 +716,13 @@ def moved(w, x, key, f, i=None):
         s,t = (lined(o, x.rank).map(f) for o in (x.s,x.t))
         return s,t
     try: s,t = both(x)
-    except (Unfit,RuntimeError,IndexError):
+    except (Unfit,RuntimeError,IndexError,TypeError):
         x = w.table.read(x)
         s,t = ONE,ZERO
     if x.core is None: return Val(None, ZERO, t)
     return Val(w.table.find((*key,x.core.id,i))[0], s, t)
 
-# %% ../nbs/14_certify.ipynb #ce270055
+# %% ../nbs/14_certify.ipynb #ce270057
 def _static(o): return isinstance(o, int)
 
 def regrouped(b, old, new):
@@ -733,14 +747,14 @@ def _more(p, q):
     "Is the product `p` more than `q`, as far as that is known?"
     return bool((p-q).is_positive) or not (p-q).is_negative and p!=q and len(str(p))>len(str(q))
 
-# %% ../nbs/14_certify.ipynb #ce270057
+# %% ../nbs/14_certify.ipynb #ce270059
 @law('view','reshape','flatten','unflatten','squeeze','unsqueeze','_unsafe_view','view_as','reshape_as')
 def _reshape(w, a, n):
     "The same numbers, in the same order."
     x,new = a.first,tuple(map(w.expr, n.meta['val'].shape))
     return x if new==x.shape else moved(w, x, ('reshape',str(new)), lambda o: regrouped(o, x.shape, new))
 
-# %% ../nbs/14_certify.ipynb #ce270059
+# %% ../nbs/14_certify.ipynb #ce27005b
 def _simple(f):
     "The law of an operation that can be applied to a map."
     def _f(w, a, n):
@@ -754,7 +768,7 @@ def _simple(f):
 
 def shape_law(*names): return lambda f: law(*names)(_simple(f))
 
-@shape_law('permute','transpose','t','movedim','swapaxes','numpy_T')
+@shape_law('permute','transpose','t','movedim')
 def _permute(o, a, shapes, i):
     "Dimensions in another order."
     if a.dims is not None: return o.permute(a.dims)
@@ -762,7 +776,7 @@ def _permute(o, a, shapes, i):
     if a.source is not None: return o.movedim(a.source, a.destination)
     return o.t()
 
-# %% ../nbs/14_certify.ipynb #ce27005a
+# %% ../nbs/14_certify.ipynb #ce27005c
 def _dim(o, d): return 0 if o.dim()==0 else (0 if d is None else d)%o.dim()
 
 @shape_law('select','unbind')
@@ -777,7 +791,7 @@ def _slice(o, a, shapes, i):
     d = _dim(o, a.dim)
     return o if o.shape[d]==1 else torch.ops.aten.slice.Tensor(o, d, a.start, a.end, a.step)
 
-# %% ../nbs/14_certify.ipynb #ce27005c
+# %% ../nbs/14_certify.ipynb #ce27005e
 @shape_law('narrow')
 def _narrow(o, a, shapes, i):
     "Some of a dimension."
@@ -797,7 +811,7 @@ def _expand(o, a, shapes, i):
     "The same for all of a new dimension."
     return o
 
-# %% ../nbs/14_certify.ipynb #ce27005d
+# %% ../nbs/14_certify.ipynb #ce27005f
 @shape_law('flip','roll')
 def _flip(o, a, shapes, i):
     "Another order along some dimensions."
@@ -816,14 +830,25 @@ def _shuffle(o, a, shapes, i):
     "Channels of groups take turns."
     return o if o.shape[1]==1 else F.channel_shuffle(o, a.groups)
 
-# %% ../nbs/14_certify.ipynb #ce27005e
-@shape_law('pixel_shuffle')
-def _pixel_shuffle(o, a, shapes, i):
-    "Channels become positions, whose maps must be the same then."
-    if o.shape[-3]==1: return o
-    o = o.unflatten(-3, (-1,a.upscale_factor**2))
-    if o.shape[-1]!=1 or o.shape[-2]!=1 or not (o==o.narrow(-3, 0, 1)).all(): raise Unfit
-    return o.select(-3, 0)
+# %% ../nbs/14_certify.ipynb #ce270061
+def common(b, d):
+    "The numbers that `b` can be for all of dimension `d`, which it loses."
+    lo,hi = (b.m-b.r).amax(d),(b.m+b.r).amin(d)
+    if (lo>hi+_ulp*hi.abs()).any(): raise Unfit
+    return Ball((lo+hi)/2, ((hi-lo)/2).clamp_min(0)+_ulp*hi.abs())
+
+@law('pixel_shuffle')
+def _pixel_shuffle(w, a, n):
+    "Channels become positions: of those that go to one channel, the maps must be the same."
+    x,r = a.first,a.upscale_factor
+    def one(b):
+        b = lined(b, x.rank)
+        return b if b.shape[-3]==1 else common(b.map(lambda o: o.unflatten(-3, (-1,r*r))), -3)
+    try:
+        if not only(x.s, [-3], x.rank) or not only(x.t, [-3], x.rank): raise Unfit
+        s,t = one(x.s),one(x.t)
+    except Unfit: return same_function(w, a, n)
+    return Val(w.table.find(('pixel_shuffle',r,w.table.read(x.like(x.core)).core.id))[0], s, t) if x.core else same_function(w, a, n)
 
 @shape_law('pixel_unshuffle')
 def _pixel_unshuffle(o, a, shapes, i):
@@ -831,6 +856,7 @@ def _pixel_unshuffle(o, a, shapes, i):
     if o.shape[-1]!=1 or o.shape[-2]!=1: raise Unfit
     return o if o.shape[-3]==1 else o.repeat_interleave(a.downscale_factor**2, -3)
 
+# %% ../nbs/14_certify.ipynb #ce270063
 @law('cat','concat','concatenate')
 def _cat(w, a, n):
     "[s₁u₁ + t₁, s₂u₂ + t₂] = [s₁,s₂][u₁,u₂] + [t₁,t₂]"
@@ -848,7 +874,7 @@ def _cat(w, a, n):
     names = tuple(('number',k) if x.core is None else x.core.id for x,k in zip(xs, sizes))
     return Val(w.table.find(('cat',d,rank,names))[0], joined([x.s for x in xs]), joined([x.t for x in xs]))
 
-# %% ../nbs/14_certify.ipynb #ce270060
+# %% ../nbs/14_certify.ipynb #ce270065
 def _evenly(w, x, dims):
     "`x` with a map that is the same along `dims`."
     rest = [d for d in range(x.rank) if d not in [o%x.rank for o in dims]] if x.rank else []
@@ -865,7 +891,7 @@ def _through(w, a, n, x):
     out = same_function(w, a | {k:x.like(x.core)}, n)
     return Val(out.core, x.s, x.t) if isinstance(out, Val) else [Val(out[0].core, x.s, x.t),*out[1:]]
 
-# %% ../nbs/14_certify.ipynb #ce270061
+# %% ../nbs/14_certify.ipynb #ce270066
 @law(*(f'adaptive_avg_pool{d}d' for d in (1,2,3)), *(f'upsample_{k}' for k in ('linear1d','bilinear2d','trilinear3d','bicubic2d')), *(f'{k}{d}d' for d in (1,2,3) for k in
     ('upsample_nearest','_upsample_nearest_exact','reflection_pad','replication_pad')), '_upsample_bilinear2d_aa', '_upsample_bicubic2d_aa')
 def _average(w, a, n):
@@ -873,12 +899,12 @@ def _average(w, a, n):
     x = _evenly(w, a.first, _spatial(w, a, n))
     return same_function(w, a, n) if x.core is None else _through(w, a, n, x)
 
-# %% ../nbs/14_certify.ipynb #ce270063
+# %% ../nbs/14_certify.ipynb #ce270068
 @law(*(f'avg_pool{d}d' for d in (1,2,3)))
 def _avg_pool(w, a, n):
     "As for any mean, unless zeros are counted."
     x,dims = a.first,_spatial(w, a, n)
-    if a.divisor_override or any(_ints(a.padding or 0, 1)) and a.count_include_pad: x = w.table.read(x, 'scale')
+    if a.divisor_override or any(_ints(a.padding or 0)) and a.count_include_pad: x = w.table.read(x, 'scale')
     x = _evenly(w, x, dims)
     return same_function(w, a, n) if x.core is None else _through(w, a, n, x)
 
@@ -890,11 +916,11 @@ def _max_pool(w, a, n):
     y = w.table.read(x.like(x.core, x.s), 'positive') if not (x.s.m>x.s.r).all() else x
     return _through(w, a, n, y.like(y.core, y.s, x.t))
 
-# %% ../nbs/14_certify.ipynb #ce270065
+# %% ../nbs/14_certify.ipynb #ce27006a
 def _reduced(a, rank):
     "Dimensions that are reduced."
     d = a.dim
-    return [*range(rank)] if d is None or d==[] else [o%rank for o in _ints(d, 1)] if rank else []
+    return [*range(rank)] if d is None or d==[] else [o%rank for o in _ints(d)] if rank else []
 
 def _kept(b, dims, rank, keep):
     b = lined(b, rank)
@@ -904,7 +930,7 @@ def _over_dims(w, a, n, x, dims, s, t):
     core = same_function(w, a | {next(iter(a)):x.like(x.core)}, n).core
     return Val(core, *(_kept(b, dims, x.rank, a.keepdim) for b in (s,t)))
 
-# %% ../nbs/14_certify.ipynb #ce270066
+# %% ../nbs/14_certify.ipynb #ce27006b
 @law('mean')
 def _mean(w, a, n):
     "mean(s·u + t) = s·mean(u) + t"
@@ -932,7 +958,7 @@ def _spread(w, a, n):
     x = _evenly(w, a.first, dims)
     return same_function(w, a, n) if x.core is None else _over_dims(w, a, n, x, dims, abs(x.s) if w.name(n)=='std' else x.s*x.s, ZERO)
 
-# %% ../nbs/14_certify.ipynb #ce270068
+# %% ../nbs/14_certify.ipynb #ce27006d
 @law('pad','constant_pad_nd')
 def _pad(w, a, n):
     "Zeros let a factor pass; what repeats values lets a map pass."
@@ -944,7 +970,7 @@ def _pad(w, a, n):
     x = _evenly(w, x, dims)
     return same_function(w, a, n) if x.core is None else _through(w, a, n, x)
 
-# %% ../nbs/14_certify.ipynb #ce27006a
+# %% ../nbs/14_certify.ipynb #ce27006f
 @law('matmul','mm','addmm')
 def _matmul(w, a, n):
     "x·W, as for a linear layer with Wᵀ"
@@ -962,11 +988,12 @@ def _embedding(w, a, n):
     mean = W.sum([0])*Ball(1/len(W.m))
     return linear_in(w, ('embedding',w.table.read(a.indices).core.id), held((W-mean).map(lambda o: o.T)), along(mean, rank-1, rank), rank-1, rank)
 
-# %% ../nbs/14_certify.ipynb #ce27006c
+# %% ../nbs/14_certify.ipynb #ce270071
 @law('lstm')
 def _lstm(w, a, n):
     "What each direction of the first layer makes of its input is a linear layer."
     if a.train and a.dropout: raise Undecided("draws random numbers")
+    if a.input is None or a.batch_sizes is not None: return same_function(w, a, n)
     x,ps,both = a.input,a.params or [],1+bool(a.bidirectional)
     each = len(ps)//(a.num_layers*both) if a.num_layers else 0 # weights of the input and of the state, their biases, a projection
     if not a.has_biases or each not in (4,5) or x.core is None or any(number(o) is None for o in ps): return same_function(w, a, n)
@@ -988,7 +1015,7 @@ def _deform(w, a, n):
     rest = {k:v for k,v in a.items() if k not in ('input','weight','bias')}
     return linear_in(w, ('deform',x.core.id,tuple(W.shape),_named(w, rest)), _times(W, channels(x.s, x.shape[1]), x.shape[1]//W.shape[1]), along(b, 1, 4), 1, 4)
 
-# %% ../nbs/14_certify.ipynb #ce27006e
+# %% ../nbs/14_certify.ipynb #ce270073
 def _as_kernel(core, u, key):
     "What `core` is as a kernel for `u` of the geometry `key`, None if it is none."
     _,_,size,stride,pad,dil,g,tr,out = key
@@ -1005,7 +1032,7 @@ def _grown(K, size, new):
     for o in size: n //= o
     return K.map(lambda o: F.pad(o.reshape(len(o), n, *size), widths).flatten(1))
 
-# %% ../nbs/14_certify.ipynb #ce270070
+# %% ../nbs/14_certify.ipynb #ce270075
 def _eye(n, key):
     "The kernel of the geometry `key` that changes nothing."
     size,g = key[2],key[6]
@@ -1038,7 +1065,7 @@ def merged(w, res, rank):
         return merged(w, rest | {v.core: rest[v.core]+v.s if v.core in rest else v.s}, rank)
     return res
 
-# %% ../nbs/14_certify.ipynb #ce270072
+# %% ../nbs/14_certify.ipynb #ce270077
 def _nice(name, t, d):
     "A name for a dimension of an input."
     space = ['depth','height','width'][-(t.dim()-2):] if t.dim()>3 else []
@@ -1064,7 +1091,10 @@ def _hash(model):
         res.update(t.reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b'')
     return res.hexdigest()
 
-# %% ../nbs/14_certify.ipynb #ce270074
+# %% ../nbs/14_certify.ipynb #ce270078
+def _fixed(g): return re.fullmatch(r"L\['\w+'\](\[\d+\])*\.size\(\)\[\d+\] (==|>=|<=) \d+", g) # which types and ranges tell
+
+# %% ../nbs/14_certify.ipynb #ce27007a
 @dataclass
 class Certificate:
     "Whether two models compute the same for every input."
@@ -1072,7 +1102,7 @@ class Certificate:
     why:str='' # Where and why it is not proved
     inputs:dict=field(default_factory=dict) # Name to type and sizes, of which those that are free have names; or to the value that an argument must have
     ranges:dict=field(default_factory=dict) # Name of a free size to what it may be
-    guards:list=field(default_factory=list) # All that `torch.export` checks
+    guards:list=field(default_factory=list) # What `torch.export` has both check besides
     laws:dict=field(default_factory=dict) # Name of a law to how often it was used
     residue:float=0. # Largest difference of two numbers, in units of what rounding allows
     radius:float=0. # How far rounding may have moved the factors and shifts, at most
@@ -1083,7 +1113,12 @@ class Certificate:
 
     @property
     def proved(self): return self.verdict=='proved'
-    def __bool__(self): return self.proved
+
+    @property
+    def headline(self):
+        "All in a line."
+        took = f" ({self.seconds['export']:.1f} s to export both, {self.seconds['proof']:.1f} s to compare them)" if self.seconds else ''
+        return f"Certificate: {next(self._lines)}{took}"
 
     @property
     def _lines(self):
@@ -1092,6 +1127,7 @@ class Certificate:
         else: yield f"{self.verdict.capitalize()}: {self.why}."
         if not self.proved: return
         if self.ranges: yield f"Sizes may be {', '.join(f'{k} {v}' for k,v in self.ranges.items())}."
+        if rest := [g for g in self.guards if not _fixed(g)]: yield f"They must fit: {', '.join(rest)}."
         yield f"{sum(self.laws.values())} operations by {len(self.laws)} laws; no number is off by more than {self.residue:.2f} of what rounding allows."
 
     def __str__(self): return '\n'.join(self._lines)
@@ -1099,7 +1135,7 @@ class Certificate:
     def _repr_html_(self): return styled(*(f'<p>{html.escape(o)}</p>' for o in self._lines))
     def to_json(self): return json.dumps(vars(self), indent=1)
 
-# %% ../nbs/14_certify.ipynb #ce270076
+# %% ../nbs/14_certify.ipynb #ce27007c
 @patch
 def save(self:Certificate,
     path:str|Path, # File to write, such as `certificate.json`
@@ -1130,7 +1166,7 @@ def check(cls:Certificate,
     res = cls.load(path)
     return res.proved and res.folded==_hash(_model(folded))
 
-# %% ../nbs/14_certify.ipynb #ce270078
+# %% ../nbs/14_certify.ipynb #ce27007e
 def _take(p):
     "What a program takes, with sizes as expressions, and what they may be."
     w,inputs = Walk(p, Table()),{}
@@ -1158,31 +1194,48 @@ def _returned(w):
     written = [n for n in w.root if n.op=='placeholder' and n not in w.weights] # what is written to an input is seen, too
     return [one(v) for v in (*w.program.graph.output_node().args[0],*written)]
 
-# %% ../nbs/14_certify.ipynb #ce270079
+def _parting(w, first):
+    "The first node of the folded program that made a new core, which the outputs come from by new cores, and how near it was."
+    out = w.program.graph.output_node()
+    def is_new(n): return n.op=='call_function' and any(isinstance(v, Val) and v.core and v.core.id>=first for v in tree_leaves(w.env.get(n)))
+    todo,found = [out],{out}
+    for n in todo:
+        new = [o for o in n.all_input_nodes if is_new(o) and o not in found]
+        todo += new
+        found.update(new)
+    for n,m in w.table.misses:
+        if n in found and (n is not out or len(found)==1): return n,m
+    return out,None
+
+# %% ../nbs/14_certify.ipynb #ce27007f
 def _compared(original, folded):
     "A `Certificate` about two programs."
     res,table = Certificate('not decided'),Table()
     (res.inputs,res.ranges),(inputs,ranges) = _take(original),_take(folded)
-    res.guards = sorted({*getattr(original, '_guards_code', []),*getattr(folded, '_guards_code', [])})
+    guards = [[g for g in getattr(p, '_guards_code', []) if not g.endswith(' != 1')] for p in (original,folded)] # of one, tensors have another layout
+    res.guards = guards[0]
     if [*res.inputs.values()]!=[*inputs.values()] or str(original.call_spec)!=str(folded.call_spec):
         res.why = f"they do not take and return the same: {', '.join(res.inputs.values())} and {', '.join(inputs.values())}"
+        return res,None
+    if extra := [g for g in guards[1] if g not in guards[0]]:
+        res.why = f"the folded program takes less than the original: it asks for {extra[0]}"
         return res,None
     for k,v in ranges.items(): res.ranges[k] = v if res.ranges.get(k, v)==v else f'{res.ranges[k]}, {v}'
     try:
         ends = []
-        for p in (original,folded):
-            w = Walk(p, table, p is folded).run()
+        for p,rounded in ((original,False),(folded,True)):
+            first,w = len(table.byid),Walk(p, table, rounded).run()
             table.at = p.graph.output_node()
             ends.append(_returned(w))
-            if p is folded: res.laws = dict(w.laws)
+        res.laws = dict(w.laws)
     except Undecided as e:
         res.why = f"{_where(e.node)} {e}" if hasattr(e, 'node') else str(e)
         return res,None
     res.residue,res.radius = table.residue,table.radius
     if ends[0]==ends[1]: res.verdict = 'proved'
-    return res,next(iter(sorted(table.misses, key=lambda o: o[1] is None and o[0].op=='output')), (None,None))
+    return res,_parting(w, first)
 
-# %% ../nbs/14_certify.ipynb #ce27007b
+# %% ../nbs/14_certify.ipynb #ce270081
 class _Double(Interpreter):
     "A program that computes in float64."
     def __init__(self, p, jitter=None):
@@ -1221,7 +1274,7 @@ def _witness(original, folded):
         if not d<=100*noise+1e-12: worst = max(worst, d)
     return worst
 
-# %% ../nbs/14_certify.ipynb #ce27007d
+# %% ../nbs/14_certify.ipynb #ce270083
 def _model(o): return o if isinstance(o, ExportedProgram) else unwrap(o if isinstance(o, nn.Module) else getattr(o, 'model', o))
 
 def _exported(model, sample, free):
@@ -1240,7 +1293,7 @@ def _freed(p):
     vals = [nodes.get(k) for k in p.graph_signature.user_inputs]
     return lambda i,d: isinstance(n := vals[i].shape[d], torch.SymInt) and not n.node.expr.is_number
 
-# %% ../nbs/14_certify.ipynb #ce27007e
+# %% ../nbs/14_certify.ipynb #ce270084
 def _programs(models, sample):
     "The same for both models, with as many free sizes as there can be."
     sample = Sample.of(sample, models[0])
@@ -1254,7 +1307,7 @@ def _programs(models, sample):
         except Exception as e: why = why or e
     raise Undecided(f"it cannot be exported ({type(why).__name__}: {shorten(str(why), 300, placeholder=' …')})")
 
-# %% ../nbs/14_certify.ipynb #ce270080
+# %% ../nbs/14_certify.ipynb #ce270086
 @whole
 def certify(
     original, # A module, a learner, or an exported program
@@ -1281,7 +1334,9 @@ def certify(
 def _explained(res, miss, programs):
     "Say of `res` where the programs part, and whether an input shows it."
     node,m = miss
-    found = f"{_where(node)} has no counterpart" if m is None or m.by==float('inf') else f"{_where(node)} differs in channel {m.at}, by {m.by:.2g} of the largest number around, {m.gap:.2g} times what rounding allows"
+    place = 'an output' if node.op=='output' else _where(node)
+    if m is None or not m.by<1e100: found = f"{place} has no counterpart"
+    else: found = f"{place} differs in channel {m.at}, by {m.by:.2g} of the largest number around, {m.gap:.2g} times what rounding allows"
     try: far = _witness(*programs)
     except Exception: far = 0.
     res.verdict = 'not the same' if far else 'not decided'
