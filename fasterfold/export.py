@@ -16,6 +16,7 @@ from fastcore.basics import noop, patch
 from fastcore.meta import delegates
 from torch import nn
 from torch.export import Dim
+from .certify import Certificate, certify as certified
 from .files import new_files
 from .fold import BN_Folder
 from .interrupt import interruptible, whole
@@ -168,6 +169,7 @@ class Exported:
     engine:str # What ran it
     proof:Proof # How far it is from the learner where it is furthest off
     shapes:list # Of the inputs on which it was compared
+    certificate:Certificate|None=None # Whether it computes the same for every input, if that was asked
 
     @property
     def _table(self):
@@ -178,6 +180,7 @@ class Exported:
     def _lines(self):
         yield f"Wrote {self.path} ({self.bytes/2**20:.2f} MB): {self.plan.summary}."
         yield f"Run by {self.engine} on inputs of {', '.join(self.shapes)}, it computes what was computed before folding (largest relative difference {self.proof.diff:.1g})."
+        if self.certificate: yield self.certificate.headline
 
     def __str__(self): return '\n\n'.join([next(lines := self._lines), text_table(self._table, left=(1,2,3)), *lines, *self.plan.notes])
     __repr__ = __str__
@@ -203,6 +206,14 @@ def _written(path, suffix, before, after, what, tests, names, about):
     run = read(path)
     return meta,max((_compared(run, before, o) for o in tests), key=lambda p: (not p.ok,p.diff)),[str(Sample(after.laid(o))) for o in tests]
 
+# %% ../nbs/17_export.ipynb #5a1c9051
+def _certificate(before, after, args, what, path):
+    "A `Certificate` about the programs of `before` and `after`, which is written to `path`."
+    res = certified(*(_program(m, m.laid(args), what)[0] for m in (before,after)))
+    res.save(path)
+    return res
+
+
 # %% ../nbs/17_export.ipynb #5a1c9036
 @whole
 def write_file(
@@ -212,6 +223,7 @@ def write_file(
     args:tuple, # Inputs of the model within, on the CPU; the first has its channels first
     plan:FoldPlan, # What was folded
     names:tuple=(), # Of the inputs; by default, what `forward` calls them
+    certify:bool=False, # Also compare the programs for every input, and write NAME.certificate.json?
     **about # What the file says besides
 )->Exported:
     "Write a folded model for an engine. Raises `FoldError` if it cannot be exported, or computes something else; nothing is written then."
@@ -219,13 +231,15 @@ def write_file(
     suffix,many = path.suffix.lower(),Sample(args).batch
     if suffix not in FORMATS: raise FoldError(f"{path.name} has no ending of a format that can be written, which are {' and '.join(FORMATS)}.")
     if many: args = _items(args, min(max(many, 2), 8)) # of a single one, `torch.export` makes a rule
-    with new_files(path) as (tmp,):
+    with new_files(path, path.with_name(f'{path.stem}.certificate.json') if certify else None) as (tmp,paper):
         for what,tests in _tests(before, args).items():
             try: meta,proof,tried = _written(tmp, suffix, before, after, what, tests, names, about)
             except FoldError: raise
             except Exception as e: why = f"{type(e).__name__}: {shorten(str(e), 200, placeholder=' …')}"
             else:
-                if proof.ok: return Exported(path, tmp.stat().st_size, plan, meta, FORMATS[suffix][2], proof, tried)
+                if proof.ok:
+                    cert = _certificate(before, after, args, what, paper) if certify else None
+                    return Exported(path, tmp.stat().st_size, plan, meta, FORMATS[suffix][2], proof, tried, cert)
                 why = f"{FORMATS[suffix][2]} computes something else with it (relative difference {proof.diff:.2g})"
         raise FoldError(f"{path.name} was not written: {why}.")
 
@@ -276,6 +290,7 @@ def fold_export(self:Learner,
     normalize:bool=False, # Also fold the `Normalize` of the loaders?
     uint8:bool=False, # Take pixels from 0 to 255? That folds all that the loaders do to them
     nhwc:bool=False, # Take images with the channels last?
+    certify:bool=False, # Also write NAME.certificate.json, which says whether the two are the same for every input?
     **kwargs
 )->Exported: # What was written
     """Write a folded copy of the model, with what `predict` does after it, as a file for inference; the learner stays as it is.
@@ -291,4 +306,4 @@ def fold_export(self:Learner,
     done = (Normalize,IntToFloatTensor) if uint8 else (Normalize,) if normalize else ()
     about = dict(preprocessing=_steps_of(dl, done), **({} if (classes := getattr(dls, 'vocab', None)) is None else dict(classes=[*map(str, classes)])))
     last = getattr(self.loss_func, 'activation', noop)
-    return write_file(path, Deployed(before, last, nhwc), Deployed(after, last, nhwc), args, folder.result, **about)
+    return write_file(path, Deployed(before, last, nhwc), Deployed(after, last, nhwc), args, folder.result, certify=certify, **about)

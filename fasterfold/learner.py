@@ -17,6 +17,7 @@ from fastai.torch_basics import *
 from fastai.callback.core import Callback
 from torch.utils.data import DataLoader as TorchDataLoader
 from .bench import FoldBench,bench
+from .certify import certify as certified
 from .fold import BN_Folder
 from .interrupt import block,check,interruptible,whole
 from .load import Misfit,adopt
@@ -228,6 +229,7 @@ def fold(self:Learner,
     sample=None, # Input to trace and to time: a tuple is positional arguments, a dict keyword arguments; by default a validation batch
     normalize:bool=False, # Also fold the `Normalize` of the loaders into the model, which then takes images as they are?
     undo:bool=True, # Remember what `unfold` needs? That takes as much memory as the weights that change
+    certify:bool=False, # Also compare the two programs for every input? That takes two exports
     channels_last:bool|str='auto', # Also use channels_last weights? 'auto' times both formats next to the original, and keeps the faster
     **kwargs
 )->FoldReport: # What it changed
@@ -239,6 +241,7 @@ def fold(self:Learner,
             model = unwrap(self.model)
             res = report(fold.original, model, fold.plan, fold.samples[0].by_size(model), progress=hasattr(self, 'progress'),
                 formats=fold.folder.formats)
+            if certify: res.certificate = certified(fold.original, model, fold.samples[0])
             after = _scores(self)
             check() # later it is done
         except BaseException:

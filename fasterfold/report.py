@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib.figure, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from torch import nn
+from .certify import Certificate
 from .cost import Comparison,UNITS,compare,count_parameters,model_size,peak_memory,show_seconds
 from .formats import Formats
 from .plan import FoldPlan, by_reason
@@ -108,6 +109,7 @@ class FoldReport:
     memory:dict = field(default_factory=dict) # Bytes at the peak before and after, for each input on a GPU
     metrics:dict = field(default_factory=dict) # Loss and metrics, before and after
     rounding:Rounding|None = None # How far outputs moved
+    certificate:Certificate|None = None # Whether the two are the same for every input, if that was asked
 
     @property
     def headline(self)->str:
@@ -206,6 +208,7 @@ def figures(self:FoldReport)->list:
 def _notes(self:FoldReport):
     res = self.plan.more + [' '.join(self.plan.covers)]*bool(self.plan.covers)
     if self.rounding: res.append(str(self.rounding))
+    if self.certificate: res.append(self.certificate.headline)
     where = dict.fromkeys(c.base.where for c in self.latency.values())
     who = 'both models' if len(self._columns)<3 else 'all three'
     return res + [f'Latency: medians on {w}, {who} timed in turns.' for w in where] + self.plan.notes
@@ -246,6 +249,7 @@ def to_json(self:FoldReport)->str:
     res = dict(norms=dict(found=sum(found.values()), **found), **pairs(dict(parameters=self.parameters, size=self.size)),
         latency={k:times(c) for k,c in self.latency.items()}, memory=pairs(self.memory), metrics=pairs(self.metrics),
         format=self.plan.format or None, formats=formats, rounding=self.rounding and {k:_finite(v) for k,v in vars(self.rounding).items()},
+        certificate=self.certificate and vars(self.certificate),
         stored=[vars(o) for o in self.plan.stored], unused=self.plan.unused, layers=self.to_df().to_dict('records'))
     return json.dumps(res, indent=1, allow_nan=False)
 

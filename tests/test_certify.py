@@ -1,0 +1,443 @@
+"""Certificates: the laws by brute force, folds that are right, folds that are wrong on purpose, and networks at random.
+
+`CERTIFY=1` also takes large models, and many more random networks and changed weights, which takes an hour."""
+import copy, json, os, random, re
+from functools import lru_cache, partial
+import pytest, torch, torch.nn.functional as F, torchvision
+from fastai.tabular.model import TabularModel
+from fastai.vision.learner import create_vision_model
+from torch import nn
+from torch.export import export
+import fasterfold.certify as room
+from fasterfold.certify import Certificate, Table, Walk, certify
+from fasterfold.fold import BN_Folder
+from fasterfold.sample import Sample
+from fasterfold.state import FoldError
+from helpers import *
+import fasterfold.export, fasterfold.learner, fasterfold.report # give learners what they fold by, chkstyle: ignore
+from learners import KINDS
+from test_cli import assert_refused, call
+from test_package import imports_of, root
+from test_properties import inputs, network, rounding
+
+pytestmark = pytest.mark.filterwarnings('ignore')
+long = bool(os.environ.get('CERTIFY'))
+
+def program(model, *xs, free=True): return room._exported(model, Sample(xs), lambda i,d: free)
+
+def pair(make, x, **options):
+    "A model with norms that do something, and the same, folded without a proof of its own."
+    net = made(make)
+    return net,BN_Folder(verify=False, **options).fold(net, x),x
+
+def proved(*args):
+    res = certify(*args)
+    assert res.proved, res
+    return res
+
+def test_it_imports_nothing_of_what_folds():
+    ours = {o.removeprefix('fasterfold.') for o in imports_of(root/'fasterfold'/'certify.py') if o.startswith('fasterfold.')}
+    assert ours=={'interrupt','sample','state','table'}
+
+# ---- The laws, by brute force
+
+def number_of(core, x, f, table):
+    "What a core is in numbers, if the input is `x` and `f` made it of what it reads."
+    def read(core):
+        if core.key[0]=='input': return x
+        if core.key[0]=='map': return core.nums[0].m*read(table.byid[core.key[1]])+core.nums[1].m
+        listed = core.key[-1] is None or core.key[0] in ('split','chunk','unbind')
+        ids = [int(o) for o in re.findall(r"\('core', (\d+)\)", str(core.key))] or [core.key[-2 if listed else -1]]
+        return read(table.byid[ids[0]])
+    return read(core) if core.key[0]=='map' else f(read(core))
+
+def image(*shape): return torch.randn(shape, dtype=torch.float64)
+LAWS = dict(relu=F.relu, leaky_relu=lambda x: F.leaky_relu(x, .2), max_pool=lambda x: F.max_pool2d(x, 3, 2, 1),
+    adaptive_max=lambda x: F.adaptive_max_pool2d(x, 2), avg_pool=lambda x: F.avg_pool2d(x, 2), avg_pool_padded=lambda x: F.avg_pool2d(x, 3, 2, 1),
+    avg_pool_counts_no_zeros=lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False),
+    avg_pool_ceil=lambda x: F.avg_pool2d(x, 3, 2, ceil_mode=True), adaptive_avg=lambda x: F.adaptive_avg_pool2d(x, (2,3)),
+    mean=lambda x: x.mean((2,3)), mean_kept=lambda x: x.mean(-1, keepdim=True), mean_of_channels=lambda x: x.mean(1), sum=lambda x: x.sum((2,3)),
+    sum_of_channels=lambda x: x.sum(1), sum_of_all=lambda x: x.sum(), var=lambda x: x.var((2,3)), std=lambda x: x.std(2),
+    pad=lambda x: F.pad(x, (1,2)), pad_reflect=lambda x: F.pad(x, (1,2,1,0), mode='reflect'),
+    pad_circular=lambda x: F.pad(x, (1,2,1,0), mode='circular'), pad_value=lambda x: F.pad(x, (1,1), value=.5),
+    bilinear=lambda x: F.interpolate(x, scale_factor=2., mode='bilinear'), nearest=lambda x: F.interpolate(x, scale_factor=2.),
+    bicubic=lambda x: F.interpolate(x, size=(5,7), mode='bicubic'), flatten=lambda x: x.flatten(2), merge=lambda x: x.transpose(0, 1).flatten(1),
+    permute=lambda x: x.permute(2,0,3,1), transpose=lambda x: x.transpose(1, 3), select=lambda x: x.select(1, 2), slice=lambda x: x[:,1:3],
+    slice_positions=lambda x: x[:,:,1:], flip=lambda x: x.flip(1), roll=lambda x: x.roll(1, 1), repeat=lambda x: x.repeat(1, 2, 1, 1),
+    expand=lambda x: x[None].expand(2, *x.shape), unflatten=lambda x: x.unflatten(1, (2,2)), shuffle=lambda x: F.channel_shuffle(x, 2),
+    pixels=lambda x: F.pixel_shuffle(x, 2), chunk=lambda x: x.chunk(2, 1)[1], unbind=lambda x: x.unbind(1)[2], sigmoid=torch.sigmoid,
+    softmax=lambda x: x.softmax(1), group_norm=lambda x: F.group_norm(x, 2), layer_norm=lambda x: F.layer_norm(x, x.shape[-1:]),
+    amax=lambda x: x.amax(2), square=lambda x: x*x, cumsum=lambda x: x.cumsum(1), to=lambda x: x.float(), neg=lambda x: -x, half=lambda x: x/2,
+    times=lambda x: x*-3., less=lambda x: 1-x)
+
+@lru_cache(None)
+def walked(kind):
+    "All of `f(a·x + d)`, walked through: the numbers, the table, and the value of each."
+    a,d = (image(4, 1, 1) for _ in range(2))
+    if kind=='positive': a = a.abs()
+    elif kind=='same': a,d = a[:1],d[:1]
+    else: a[1] = d[2] = 0
+    net = Fn(lambda m,x: [f(x*m.a+m.d) for f in LAWS.values()], a=nn.Parameter(a), d=nn.Parameter(d))
+    w = Walk(program(net, image(3, 4, 6, 5)), Table()).run()
+    return a,d,w.table,dict(zip(LAWS, map(w.value, w.program.graph.output_node().args[0])))
+
+@pytest.mark.parametrize('kind', ['mixed','positive','same'])
+@pytest.mark.parametrize('name', LAWS)
+def test_law(name, kind):
+    "What a law says of `f(a·x + d)` is right for numbers and sizes at random, with scales of both signs and zeros."
+    f,(a,d,table,vals) = LAWS[name],walked(kind)
+    v = vals[name]
+    for size in ((3,4,6,5),(2,4,9,8)):
+        x,arithmetic = image(*size),name in ('neg','half','times','less') # of no other core
+        got = v.s.m*(x if arithmetic else number_of(v.core, x, f, table))+v.t.m
+        want = f(x*a+d)
+        assert distance([got.expand(want.shape).double()], [want.double()])<(1e-6 if name=='to' else 1e-12)
+
+LINEAR = dict(conv=lambda: nn.Conv2d(4, 6, 3), padded=lambda: nn.Conv2d(4, 6, 3, padding=1), groups=lambda: nn.Conv2d(4, 6, 3, groups=2, stride=2),
+    same=lambda: nn.Conv2d(4, 4, (3,5), padding='same'),
+    transposed=lambda: nn.ConvTranspose2d(4, 6, 3, groups=2, stride=2), linear=lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)),
+    last=lambda: nn.Linear(5, 3), depthwise=lambda: nn.Conv2d(4, 4, 3, groups=4, dilation=2, bias=False))
+@pytest.mark.parametrize('kind', LINEAR)
+def test_linear_laws(kind):
+    "A norm before or behind goes into it by hand, at scales of both signs, or stays where zeros are padded."
+    for before in (False,True):
+        def make():
+            layer = LINEAR[kind]()
+            n = {'linear':5,'last':4}.get(kind) or layer.out_channels
+            norm = nn.BatchNorm1d(5) if kind=='linear' else nn.BatchNorm2d(n)
+            return nn.Sequential(nn.Sigmoid(), nn.BatchNorm2d(4), layer, nn.Tanh()) if before else nn.Sequential(nn.Sigmoid(), layer, norm, nn.Tanh())
+        net,new,x = pair(make, torch.randn(2, 4, 11, 5))
+        proved(net, new, x)
+        changed = copy.deepcopy(new)
+        p = random.Random(0).choice([*changed.parameters()])
+        with torch.no_grad(): p.view(-1)[0] += 1e-3*p.abs().max()
+        assert not certify(net, changed, x).proved
+
+# ---- Folds that are right
+
+class Blocks(nn.Module):
+    "A residual stream, gates, a cat, merged branches, and a norm that stays."
+    def __init__(self):
+        super().__init__()
+        self.stem,self.a,self.b,self.c = nn.Conv2d(3, 8, 3),nn.Conv2d(8, 8, 3, padding=1),nn.Conv2d(8, 8, 1),nn.Conv2d(16, 8, 1)
+        self.n = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(4))
+        self.gate,self.head = nn.Conv2d(8, 8, 1),nn.Linear(8, 4)
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        x = F.relu(self.n[0](self.a(x))+self.n[1](self.b(x))+self.n[2](x))
+        x = x*self.gate(x.mean((2,3), keepdim=True)).sigmoid()
+        x = self.n[3](self.c(torch.cat([x,F.gelu(x)], 1)))
+        return self.head(F.hardswish(x).mean((2,3)))
+
+BIG = dict(mobilenet=lambda: torchvision.models.mobilenet_v2(weights=None), densenet=lambda: torchvision.models.densenet121(weights=None),
+    resnet50=lambda: torchvision.models.resnet50(weights=None), vision=lambda: create_vision_model(torchvision.models.resnet18, 10, pretrained=False))
+MODELS = dict(blocks=Blocks, resnet18=lambda: torchvision.models.resnet18(weights=None), **(BIG if long else {}))
+@pytest.mark.parametrize('name', MODELS)
+def test_models(name):
+    res = proved(*pair(MODELS[name], torch.randn(2, 3, 64, 64)))
+    assert res.inputs and all(k in str(res) for k in ('batch','height','width')) and res.residue<=1+1e-6 and res.radius<1e-4
+
+def test_tables():
+    res = proved(*pair(lambda: TabularModel([(10,6),(5,4)], 4, 2, [20,10]), (torch.randint(5, (8,2)),torch.randn(8, 4))))
+    assert res.inputs['x_cont']=='float32[batch, 4]'
+
+@pytest.mark.parametrize('dtype', [torch.float64,torch.float16,torch.bfloat16])
+def test_other_types(dtype):
+    net,new,x = pair(lambda: Blocks().to(dtype), torch.randn(2, 3, 16, 16, dtype=dtype))
+    proved(net, new, x)
+    with torch.no_grad(): new.head.weight[1,2] += new.head.weight.abs().max()*(.001 if dtype is torch.float64 else .05)
+    assert not certify(net, new, x).proved
+
+def test_programs_and_learners(tmp_path):
+    net,new,x = pair(Blocks, torch.randn(2, 3, 16, 16))
+    for f in (copy.deepcopy,lambda m: m.train()): proved(f(net), f(new), x)
+    assert net.training # and still is
+    proved(*(program(m.eval(), x) for m in (net,new)))
+    learn = KINDS['plain_learner'](tmp_path)
+    randomize_norms(learn.model)
+    before = copy.deepcopy(learn)
+    proved(before, learn.fold_bn(), torch.randn(2, 1, 8, 8))
+    with pytest.raises(FoldError, match='neither'): certify(net, program(new, x), x)
+
+# ---- And folds that are not
+
+def differs(*args, **words):
+    res = certify(*args)
+    assert res.verdict=='not the same', res
+    return res
+
+def changes(n, model, seed=0):
+    "Copies of `model` with one weight changed by at least 0.1 % of the largest one beside it."
+    rng = random.Random(seed)
+    for _ in range(n):
+        new = copy.deepcopy(model)
+        p = rng.choice([p for p in new.parameters() if p.is_floating_point() and p.numel()])
+        i = rng.randrange(p.numel())
+        with torch.no_grad(): p.view(-1)[i] += rng.choice((1,-1))*rng.uniform(1e-3, 1e-2)*max(p.abs().max(), 1e-3)
+        yield new,p,i
+
+def test_changed_weights():
+    "Of a program, which is exported once."
+    net,new,x = pair(Blocks, torch.randn(2, 3, 16, 16))
+    old,p = program(net, x),program(new, x)
+    for changed,*_ in changes(2000 if long else 40, new):
+        p.state_dict.update(changed.state_dict())
+        assert not certify(old, p).proved
+
+def test_where_it_differs():
+    net,new,x = pair(Blocks, torch.randn(2, 3, 16, 16))
+    with torch.no_grad(): new.c.weight[3,5] *= 1.01
+    res = differs(net, new, x)
+    assert 'in `c`' in res.why and 'channel 3' in res.why and 'outputs differ by' in res.why and str(res).startswith('Not the same')
+
+def test_wrong_folds():
+    net,new,x = pair(Blocks, torch.randn(2, 3, 16, 16))
+    dropped,other = copy.deepcopy(net),made(Blocks)
+    dropped.n[3] = nn.Identity()
+    differs(net, dropped, x)
+    torch.manual_seed(1)
+    differs(net, randomize_norms(Blocks(), 2), x)
+    permuted = copy.deepcopy(new)
+    with torch.no_grad(): permuted.c.weight.copy_(new.c.weight.flip(0))
+    differs(net, permuted, x)
+
+@pytest.mark.parametrize('rule', ['convolution','add'])
+def test_broken_rules(rule, monkeypatch):
+    "Of a folder that forgets shifts."
+    from fasterfold.rules import PULL
+    right = PULL[rule]
+    monkeypatch.setitem(PULL, rule, lambda *args: right(*args)[:1])
+    net = made(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)) if rule=='convolution'
+        else Fn(lambda m,x: m.n(m.a(x)+m.b(x)).relu(), a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(3, 4, 1), n=nn.BatchNorm2d(4)))
+    new = BN_Folder(verify=False).fold(net, x := torch.randn(2, 3, 8, 8))
+    differs(net, new, x)
+
+def test_outputs_in_another_order():
+    class Two(nn.Module):
+        def __init__(self, swap):
+            super().__init__()
+            self.a,self.b,self.swap = nn.Linear(3, 4),nn.Linear(3, 4),swap
+        def forward(self, x): return (self.b(x),self.a(x)) if self.swap else (self.a(x),self.b(x))
+    a,b = Two(False),Two(True)
+    b.load_state_dict(a.state_dict())
+    x = torch.randn(2, 3)
+    differs(a, b, x)
+    proved(a, copy.deepcopy(a), x)
+    assert certify(a, Fn(lambda m,x: {'a':m.m(x)[0],'b':m.m(x)[1]}, m=a), x).verdict=='not decided'
+
+# ---- Sizes: what is the same for the sample only
+
+def by_hand(f, g, **held):
+    "A model and another one, that compute `f` and `g`."
+    return Fn(f, **held),Fn(g, **held)
+
+def sized(count):
+    "A norm before a sum over positions, and its shift in the linear layer behind, for `count` positions."
+    torch.manual_seed(0)
+    net = randomize_norms(nn.ModuleDict(dict(c=nn.Conv2d(3, 8, 3), n=nn.BatchNorm2d(8), l=nn.Linear(8, 4))))
+    new = copy.deepcopy(net)
+    n = net['n']
+    with torch.no_grad():
+        a = n.weight/(n.running_var.double()+n.eps).sqrt()
+        new['l'].weight.copy_(net['l'].weight*a)
+        new['l'].bias.copy_(net['l'].bias+net['l'].weight.double()@(n.bias-n.running_mean*a)*count)
+    return Fn(lambda m,x: m.d['l'](m.d['n'](m.d['c'](x).relu()).sum((2,3))), d=net),Fn(lambda m,x: m.d['l'](m.d['c'](x).relu().sum((2,3))), d=new)
+
+def test_sum_over_positions():
+    "Right for one size only."
+    x = torch.randn(2, 3, 8, 8)
+    a,b = sized(36)
+    assert distance(run(b, x), run(a, x))<1e-5
+    assert certify(a, b, x).verdict!='proved'
+    res = proved(*(program(m, x, free=False) for m in (a,b)))
+    assert 'float32[2, 3, 8, 8]' in str(res) and not res.ranges
+
+def test_pad_to_a_multiple():
+    "None where the size is one already."
+    net = randomize_norms(nn.ModuleDict(dict(n=nn.BatchNorm2d(3), c=nn.Conv2d(3, 4, 4, stride=4))))
+    new = copy.deepcopy(net)
+    n = net['n']
+    with torch.no_grad():
+        a = n.weight/(n.running_var.double()+n.eps).sqrt()
+        new['c'].weight.copy_(net['c'].weight*a[:,None,None])
+        new['c'].bias.copy_(net['c'].bias+(net['c'].weight.double()*(n.bias-n.running_mean*a)[:,None,None]).sum((1,2,3)))
+    def padded(x): return F.pad(x, (0,-x.shape[-1]%8,0,-x.shape[-2]%8))
+    a,b = Fn(lambda m,x: m.d['c'](padded(m.d['n'](x))), d=net),Fn(lambda m,x: m.d['c'](padded(x)), d=new)
+    x = torch.randn(2, 3, 16, 16)
+    assert distance(run(b, x), run(a, x))<1e-5 and certify(a, b, x).verdict!='proved'
+
+def test_size_as_a_number():
+    x = torch.randn(2, 3, 8)
+    for f,g in ((lambda m,x: x/x.shape[-1],lambda m,x: x/8), (lambda m,x: x+x.shape[0],lambda m,x: x+2),
+        (lambda m,x: x.new_ones(x.shape[-1]).sum()*x,lambda m,x: 8*x),
+        (lambda m,x: x[...,:x.shape[-1]//2],lambda m,x: x[...,:4]), (lambda m,x: x.reshape(x.shape[0], -1),lambda m,x: x.reshape(-1, 24))):
+        a,b = by_hand(f, g)
+        assert distance(run(b, x), run(a, x))==0 and certify(a, b, x).verdict!='proved'
+
+def test_conditions():
+    "A size that decides is said to be what it must be, and so is an argument."
+    def f(m, x, route=0): return m.c(x) if x.shape[-1]>9 and not route else m.c(x)*2
+    net = Fn(f, c=nn.Conv1d(3, 4, 3))
+    res = proved(net, copy.deepcopy(net), Sample((torch.randn(2, 3, 20),), dict(route=0)))
+    assert '≥ 10' in str(res) and any(v=='0' for v in res.inputs.values())
+
+def test_what_asks_for_numbers():
+    res = certify(*[Fn(lambda m,x: x*2 if x.sum()>0 else x)]*2, torch.randn(2, 3))
+    assert res.verdict=='not decided' and 'exported' in res.why
+
+# ---- Whatever else may be in a model
+
+def not_proved(a, b, x): assert certify(a, b, x).verdict!='proved'
+
+def test_numbers_that_are_none():
+    for v in (float('nan'),float('inf')):
+        net = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+        with torch.no_grad(): net[0].weight[1,1] = v
+        res = certify(net, copy.deepcopy(net), torch.randn(2, 3))
+        assert res.verdict=='not decided' and 'not finite' in res.why
+
+def test_random_numbers():
+    for f in (lambda m,x: F.dropout(x, .5, True),lambda m,x: x+torch.rand_like(x),lambda m,x: x+torch.empty_like(x),
+        lambda m,x: F.scaled_dot_product_attention(x, x, x, dropout_p=.5)):
+        res = certify(*[Fn(f)]*2, torch.randn(2, 3, 4))
+        assert res.verdict=='not decided', res
+
+def test_norms_of_batches():
+    "In training a norm takes statistics, and writes them."
+    net = nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4))
+    with torch.no_grad(): ps = [export(net.train(), (torch.randn(4, 3, 5),)) for _ in range(2)]
+    assert certify(*ps).verdict=='not decided'
+
+def test_writes():
+    "What is written to through another name is not what it was."
+    def aliased(m, x):
+        y = m.c(x)
+        y[:,:1].mul_(2)
+        return y
+    def twice(m, x):
+        y = m.c(x)
+        y.add_(1)
+        return y.relu_()*y
+    def plain(m, x): return (m.c(x)+1).relu()**2
+    c = nn.Conv1d(3, 4, 1)
+    x = torch.randn(2, 3, 5)
+    not_proved(Fn(aliased, c=c), Fn(lambda m,x: m.c(x), c=c), x)
+    proved(Fn(twice, c=c), Fn(lambda m,x: (y := (m.c(x)+1).relu())*y, c=c), x)
+    not_proved(Fn(lambda m,x: (x.mul_(2),m.c(x))[1], c=c), Fn(lambda m,x: m.c(x*2), c=c), x) # the caller sees it
+    def counted(m, x):
+        m.n.add_(1)
+        return x+m.n
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer('n', torch.zeros(1))
+        forward = counted
+    not_proved(Counts(), Counts(), x)
+
+def test_smaller_sizes_that_are_repeated():
+    "A sum over what is the same for a dimension is not the sum of one."
+    c = nn.Parameter(torch.zeros(1, 5))
+    x = torch.randn(3, 1)
+    not_proved(Fn(lambda m,x: (x+m.c).sum(1), c=c), Fn(lambda m,x: x.sum(1), c=c), x)
+    not_proved(Fn(lambda m,x: (x+m.c).reshape(-1), c=c), Fn(lambda m,x: x.expand(3, 5).t().reshape(-1), c=c), x)
+
+def test_shared_weights_and_zero_scales():
+    def make():
+        net = Blocks()
+        net.b.weight = net.gate.weight
+        return net
+    net = made(make)
+    for n in net.n: n.weight.data[2] = 0
+    x = torch.randn(2, 3, 16, 16)
+    proved(net, BN_Folder(verify=False).fold(net, x), x)
+
+def test_stored_weights():
+    "A weight that is computed at every call, and the same, stored."
+    class Standard(nn.Conv2d):
+        def forward(self, x):
+            w,dims = self.weight,(1,2,3)
+            return self._conv_forward(x, (w-w.mean(dims, keepdim=True))/w.std(dims, keepdim=True), self.bias)
+    proved(*pair(lambda: nn.Sequential(Standard(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), Standard(6, 4, 3)), torch.randn(2, 3, 12, 12)))
+
+def test_recurrent_layers():
+    def f(m, x): return m.r(m.n(x.sigmoid()).permute(2, 0, 1))[0]
+    net,new,x = pair(lambda: Fn(f, n=nn.BatchNorm1d(4), r=nn.LSTM(4, 5, bidirectional=True)), torch.randn(2, 4, 3))
+    proved(net, new, x)
+    with torch.no_grad(): new.r.weight_ih_l0[3,1] += .01
+    differs(net, new, x)
+
+# ---- Networks at random
+
+def off(outs, refs, model, o):
+    "Are outputs further off than rounding?"
+    if [t.shape for t in outs]!=[t.shape for t in refs]: return True
+    noise = rounding(model, o, refs)
+    return any((a-b).nan_to_num(0, 0, 0).norm()>10*n+1e-9*b.nan_to_num(0, 0, 0).norm() for a,b,n in zip(outs, refs, noise))
+
+def random_pair(seed):
+    "A random network, folded, of which a third is changed afterwards, and whether it was."
+    rng = random.Random(seed)
+    net,sample = network(rng.randint)
+    new = BN_Folder(verify=False).fold(net, sample)
+    wrong = rng.random()<.3 and any(p.numel() for p in new.parameters())
+    if wrong: new,*_ = next(changes(1, new, seed))
+    return net,new,sample,wrong
+
+def test_random_networks():
+    "None is proved that other sizes show to be wrong, and most of those that are right are proved."
+    found = []
+    for seed in range(20000 if long else 8):
+        torch.manual_seed(seed)
+        net,new,sample,wrong = random_pair(seed)
+        res = certify(net, new, sample)
+        assert 'has a law that fails' not in res.why, (seed,res)
+        if not wrong: found.append(res.proved)
+        for o,refs in inputs(net, sample) if res.proved else ():
+            if not o.kwargs: assert not off(run(new, o), refs, net, o), seed
+    assert sum(found)>len(found)/2
+
+# ---- The paper itself
+
+def test_a_certificate_is_a_file(tmp_path):
+    net,new,x = pair(Blocks, torch.randn(2, 3, 16, 16))
+    res = proved(net, new, x)
+    file = res.save(tmp_path/'c.json')
+    assert Certificate.load(file)==res and json.loads(file.read_text())['verdict']=='proved' and 'Proved' in res._repr_html_()
+    assert Certificate.check(file, new) and not Certificate.check(file, net)
+    p = program(new, x)
+    assert Certificate.check(file, p)
+    with torch.no_grad(): new.head.bias[0] += 1e-6
+    assert not Certificate.check(file, new)
+    file.write_text('{}')
+    with pytest.raises(FoldError, match='cannot be read'): Certificate.load(file)
+
+def test_nothing_changes():
+    net,new,x = pair(Blocks, torch.randn(2, 3, 16, 16))
+    net.train()
+    before = state(net),state(new)
+    certify(net, new, x)
+    assert (state(net),state(new))==before
+
+def test_command(tmp_path):
+    net,new,x = pair(Blocks, torch.randn(2, 3, 16, 16))
+    for k,m in dict(a=net, b=new).items(): torch.export.save(program(m, x), tmp_path/f'{k}.pt2')
+    with torch.no_grad(): new.head.weight[1,1] += .1
+    torch.export.save(program(new, x), tmp_path/'c.pt2')
+    a,b,c = (tmp_path/f'{k}.pt2' for k in 'abc')
+    res = call('verify', a, b, '-o', tmp_path/'paper.json')
+    assert res.exit_code==0 and res.stdout.startswith('Proved') and Certificate.load(tmp_path/'paper.json').proved, res.output
+    res = call('verify', a, c, '--json')
+    assert res.exit_code==1 and json.loads(res.stdout)['verdict']=='not the same'
+    assert call('verify', b, '--check', tmp_path/'paper.json').exit_code==0 and call('verify', c, '--check', tmp_path/'paper.json').exit_code==1
+    assert_refused(call('verify', a, b, '-o', tmp_path/'paper.json'), 'exists already')
+    assert_refused(call('verify', a), 'two files')
+
+def test_learners_ask_for_one(tmp_path, monkeypatch):
+    monkeypatch.setattr('fasterfold.learner.report', partial(fasterfold.report.report, seconds=.001))
+    learn = KINDS['plain_learner'](tmp_path)
+    randomize_norms(learn.model)
+    res = learn.fold_export(tmp_path/'m.pt2', certify=True)
+    assert res.certificate.proved and 'Certificate: Proved' in str(res)
+    with open(tmp_path/'m.pt2', 'rb') as f: assert Certificate.check(tmp_path/'m.certificate.json', torch.export.load(f))
+    res = learn.fold(certify=True)
+    assert res.certificate.proved and 'Certificate: Proved' in str(res) and json.loads(res.to_json())['certificate']['verdict']=='proved'
