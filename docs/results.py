@@ -1,5 +1,5 @@
-"The page of results, drawn from what the benchmarks wrote to docs/results: `zoo.json`, `latency-*.json`, `fold.json`, `planning.json` and `validation.json`"
-import html, json, sys
+"The page of results, drawn from what the benchmarks wrote to docs/results: `zoo.json`, `latency-*.json`, `fold.json`, `planning.json`, `certify.json` and `validation.json`"
+import html, json, statistics, sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'benchmarks'))
@@ -174,6 +174,19 @@ def validation_part(d:dict|None)->str:
     rows = [[r['batches'], *(seconds(r['seconds'][k]['median']) for k in ('without','with')), f"{r['ratio'][1]:.2f}×", seconds(r['again']['median'])] for r in d['validation']]
     return '\n\n'.join([described(d['environment'])+'.', table(['batches of 64 images','without','with `FoldedValidation`','ratio','of it to fold again'], rows, {0,1,2,3,4})])
 
+def certify_part(d:dict|None)->str:
+    "How many models have a certificate, and what that costs."
+    if not d: return 'Not measured yet: `python benchmarks/certify.py` does it.'
+    rows = [r for r in d['certificates'] if r.get('norms')]
+    free = [r for r in rows if r['free']]
+    done = [r for r in free if r['verdict']=='proved']
+    if not rows: return 'No model has been measured yet.'
+    said = (f"Of {len(rows)} models of which norms fold, {sum(r['exports'] for r in rows)} can be exported, {len(free)} of them with free sizes, and of those {len(done)} ({len(done)/max(len(free), 1):.0%}) are "
+        f"proved to compute the same for every input of all those sizes. {sum(r['verdict']=='not the same' for r in rows)} are said to be not the same. Exporting both models took {seconds(statistics.median(r['export'] for r in rows))}, "
+        f"comparing them {seconds(statistics.median(r['proof'] for r in rows))}, at the median.")
+    out = [[r['model'], r['norms'], ', '.join(r['free']), r['verdict'], f"{r['export']:.1f}", f"{r['proof']:.2f}", r['why'] if r['verdict']!='proved' else ''] for r in rows]
+    return '\n\n'.join([described(d['environment'])+'.', said, details(f'{len(rows)} models', ['model','norms folded','free','verdict','s to export both','s to compare','why'], out, {1,4,5})])
+
 def page(
     folder:Path, # Where the benchmarks write
 )->str: # Markdown
@@ -183,5 +196,6 @@ def page(
     parts = ['# Results', '> What folding is worth, measured on public models, side by side with other tools.', '## How many norms go', zoo_part(load(folder/'zoo.json')),
         '## How much faster', *([says,timed] if timed else ['No latency has been measured yet: `make bench` does it.']), '## What folding costs', fold_part(load(folder/'fold.json')),
         '### How planning grows', planning_part(load(folder/'planning.json')),
+        '## What is certified', certify_part(load(folder/'certify.json')),
         '## What folded validation saves', validation_part(load(folder/'validation.json'))]
     return '\n\n'.join(parts)+'\n'

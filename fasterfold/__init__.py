@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 # Modules with the public names they have; a name must not be that of a module, which would take its place once imported
 _homes = dict(state='FoldError', sample='infer_sample', find='Kept', plan='Folded FoldPlan', fold='BN_Folder', load='fold_like',
-    cost='count_parameters model_size latency compare', bench='FoldBench', report='FoldReport', learner='FoldCallback FoldedValidation', export='Exported')
+    cost='count_parameters model_size latency compare', bench='FoldBench', certify='Certificate', report='FoldReport', learner='FoldCallback FoldedValidation', export='Exported')
 _home = {n:m for m,names in _homes.items() for n in names.split()}
 __all__ = [n for n,m in _home.items() if m not in ('learner','export')] # the others import fastai
 

@@ -181,6 +181,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fasterfold.certify._matmul': ('certify.html#_matmul', 'fasterfold/certify.py'),
                                     'fasterfold.certify._max_pool': ('certify.html#_max_pool', 'fasterfold/certify.py'),
                                     'fasterfold.certify._mean': ('certify.html#_mean', 'fasterfold/certify.py'),
+                                    'fasterfold.certify._memory_of': ('certify.html#_memory_of', 'fasterfold/certify.py'),
                                     'fasterfold.certify._merging': ('certify.html#_merging', 'fasterfold/certify.py'),
                                     'fasterfold.certify._model': ('certify.html#_model', 'fasterfold/certify.py'),
                                     'fasterfold.certify._more': ('certify.html#_more', 'fasterfold/certify.py'),

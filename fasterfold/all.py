@@ -7,12 +7,13 @@ from .fold import BN_Folder
 from .load import fold_like
 from .cost import count_parameters, model_size, latency, compare
 from .bench import FoldBench
+from .certify import Certificate
 from .report import FoldReport
 from .learner import FoldCallback, FoldedValidation
 from .export import Exported
 from .help import explain
 
 __all__ = ['FoldError', 'infer_sample', 'Folded', 'Kept', 'FoldPlan', 'BN_Folder', 'fold_like', 'count_parameters', 'model_size', 'latency',
-    'compare', 'FoldBench', 'FoldReport', 'FoldCallback', 'FoldedValidation', 'Exported']
+    'compare', 'FoldBench', 'Certificate', 'FoldReport', 'FoldCallback', 'FoldedValidation', 'Exported']
 
 explain('fasterfold')

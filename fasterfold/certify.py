@@ -460,6 +460,15 @@ def _aliases(f):
     return composite and not any(k in f._schema.name for k in _fresh)
 
 # %% ../nbs/14_certify.ipynb #ce270039
+def _memory_of(n):
+    "The nodes whose memory that of `n` may be."
+    f = n.target
+    if f is operator.getitem: return n.args[:1]
+    if not isinstance(f, torch._ops.OpOverload) or not _aliases(f): return []
+    given = {p.name:n.args[i] if i<len(n.args) else n.kwargs.get(p.name) for i,p in enumerate(f._schema.arguments)}
+    marked = [given[p.name] for p in f._schema.arguments if p.alias_info]
+    return [o for o in tree_leaves(marked) if isinstance(o, Node)] if marked else n.all_input_nodes
+
 def told(e, n):
     "`e`, which was raised at the node `n` if at no other."
     if not hasattr(e, 'node'): e.node = n
@@ -479,6 +488,7 @@ class Walk:
         name = n.target._schema.name.split('::')[1]
         return name.rstrip('_') if n.target._schema.is_mutable else name
 
+# %% ../nbs/14_certify.ipynb #ce27003a
 @patch
 def expr(self:Walk, v):
     "A number of Python, or an expression of free sizes."
@@ -488,7 +498,6 @@ def expr(self:Walk, v):
     e = e.xreplace(self.names)
     return int(e) if e.is_Integer else e
 
-# %% ../nbs/14_certify.ipynb #ce27003a
 @patch
 def sizes(self:Walk, t):
     "Give names to the free sizes of an input."
@@ -609,11 +618,8 @@ def node(self:Walk, n):
     try: self.env[n] = self.shaped(self.call(n), n.meta.get('val'))
     except Undecided as e: self.env[n] = told(e, n)
     except Exception as e: self.env[n] = told(Undecided(f"has a law that fails ({type(e).__name__}: {e})"), n)
-    f = n.target
-    op = isinstance(f, torch._ops.OpOverload)
-    shares = f is operator.getitem or op and (_aliases(f) or f._schema.is_mutable)
-    self.root[n] = {r for o in n.all_input_nodes for r in self.root[o]} if shares and n.all_input_nodes else {n}
-    if op and f._schema.is_mutable: self.write(n)
+    self.root[n] = {r for o in _memory_of(n) for r in self.root[o]} or {n}
+    if isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable: self.write(n)
 
 @patch
 def run(self:Walk):

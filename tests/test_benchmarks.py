@@ -7,7 +7,7 @@ from fasterfold.fold import BN_Folder
 
 root = Path(__file__).parents[1]
 sys.path.insert(0, str(root/'benchmarks'))
-import latency, peers, planning, validation, zoo
+import certify, latency, peers, planning, validation, zoo
 from common import chain, slope
 
 def measured(script, out, *args):
@@ -37,6 +37,14 @@ def test_planning(tmp_path):
     assert [(r['which'],r['norms'],r['failing']) for r in res['proofs']]==[('one',8,1),('half',8,4),('all',8,8)]
     assert f"| 8 | 8 | {res['proofs'][-1]['proofs']} |" in page and '(planning.svg)' in page
     assert all(k in out.with_suffix('.svg').read_text() for k in ('<svg','#888888'))
+
+def test_certify(tmp_path):
+    out = tmp_path/'certify.json'
+    for name in ('tabular_default','tabular_no_bn'): certify.main.__wrapped__(only=name, out=out)
+    rows = {r['model']:r for r in json.loads(out.read_text())['certificates']}
+    row = rows['fastai/tabular_default']
+    assert len(rows)==2 and row['verdict']=='proved' and row['free'] and row['exports'] and row['norms']==3 and row['residue']<=1
+    assert '| with free sizes | 1 |' in out.with_suffix('.md').read_text()
 
 def test_validation(tmp_path):
     out = tmp_path/'validation.json'
