@@ -107,7 +107,7 @@ def test_questions_are_answered():
     options = 'strip_dropout   Also replace dropout','channels_last   Also use channels_last weights?'
     says = {'BN_Folder':options, 'folder.fold':('model    Any model','inplace  Fold `model` itself?','Returns: The folded copy'), 'BN_Folder.plan':(' What to call it with',),
         'Learner.fold':('sample          Input to trace',*options,'Returns: What it changed'), 'Learner.folded':options, 'latency':('seconds   About how long',),
-        'FoldCallback':('sample          Input to trace',*options), 'FoldReport':('rounding    How far outputs moved',), 'FoldReport.save':('path  File to write',),
+        'FoldCallback':('sample          Input to trace',*options), 'FoldReport':('rounding     How far outputs moved',), 'FoldReport.save':('path  File to write',),
         'pull':('names  Of operations','pull(*names: str)'), 'folder.undo':('Give the last model',)}
     got = asked(*says)
     assert got.keys()==says.keys()
