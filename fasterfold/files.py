@@ -8,6 +8,7 @@ __all__ = ['written', 'WHOLE', 'WEIGHTS', 'Stop', 'Subject', 'fold_subject', 'op
 
 # %% ../nbs/16_files.ipynb #4947821f
 import difflib, inspect, os, zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -98,10 +99,10 @@ class Subject:
     "A model from a file."
     model:object # The model
     whole:object # What is pickled: its `Learner`, or the model itself
-    to_input:callable # Makes the model's input of items, such as image files
-    new:callable=None # Makes the same architecture anew, where that is known
+    to_input:Callable # Makes the model's input of items, such as image files
+    new:Callable=None # Makes the same architecture anew, where that is known
     example:object=None # What it was exported with, where that is known
-    made_up:callable=None # Gives items that are made up, the best first, each with what it is
+    made_up:Callable=None # Gives items that are made up, the best first, each with what it is
     input:str='' # What the last `sample` is, in words
     items:object=None # What it was made of, if it was
 
