@@ -9,6 +9,7 @@ __all__ = ['app', 'folding', 'plan', 'fold', 'export', 'bench', 'check', 'verify
 import json, logging, sys, tempfile, time, warnings
 from contextlib import contextmanager,redirect_stdout
 from pathlib import Path
+from traceback import clear_frames
 from typing import Annotated
 import typer
 from rich.console import Console
@@ -34,7 +35,11 @@ class _Group(TyperGroup):
     def invoke(self, ctx):
         written.clear()
         try:
-            with _quiet(): return super().invoke(ctx)
+            with _quiet():
+                try: return super().invoke(ctx)
+                except KeyboardInterrupt as e: # what that broke off ends here, while the filters of warnings are those it found
+                    clear_frames(e.__traceback__)
+                    raise
         except Stop as e:
             typer.echo(f'fasterfold: {e}', err=True)
             raise typer.Exit(e.code)

@@ -375,10 +375,6 @@ def right(before, path, code, said):
     new = {*after}==before.keys()|{'folded.pkl'} and after['report.html']!=b'old' and after['export.pkl']==before['export.pkl']
     return new and (code,said) in ((0,''),(130,'fasterfold: Interrupted after folded.pkl and report.html had been written.\n'),(130,'')),True
 
-def apart():
-    "What is everybody's, but for filters of warnings: a generator of another package that is broken off gives back those which it found when it is collected."
-    return {k:v for k,v in world().items() if k!='warnings'}
-
 def test_command(box, monkeypatch):
     monkeypatch.setattr('fasterfold.report.report', partial(report, seconds=.001))
     before,runner,res = files(box),CliRunner(**{k:False for k in inspect.signature(CliRunner).parameters if k=='mix_stderr'}),[]
@@ -388,13 +384,13 @@ def test_command(box, monkeypatch):
     for p in moments(looks, 5):
         (box/'folded.pkl').unlink(missing_ok=True)
         (box/'report.html').write_text('old')
-        around = apart()
+        around = world()
         res.clear()
         broken_off(f, p) # outside of the command, too
         if not p.came: continue
         ok,written = right(before, box, *((res[0].exit_code,res[0].stderr) if res else (130,'')))
         assert ok and not (written and p.stops), (p.at, res)
-        assert apart()==around
+        assert world()==around
 
 @pytest.mark.parametrize('writing', [True,False])
 def test_command_in_its_process(writing, box):
