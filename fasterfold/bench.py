@@ -218,9 +218,8 @@ def to_json(self:FoldBench)->str:
         res = {w:dict(median=o.median, iqr=o.iqr, runs=o.runs, ratio=o.ratio(self.latency[k]['eager']['original']), times=o.times) for w,o in self.latency[k][e].items()}
         return res if (r := self.ratio(k, e)) is None else res|dict(ratio=dict(zip(('median','low','high'), r)), folding=self.verdict(k, e))
     where = [dict(threads=o.threads, device=o.device) for es in self.latency.values() for o in [es['eager'].base]][:1]
-    norms = dict(found=len(self.plan.folded)+len(self.plan.kept), folded=len(self.plan.folded), kept=len(self.plan.kept))
     latency = {k:{e:of(k, e) for e in es} for k,es in self.latency.items()}
-    return json.dumps(dict(norms=norms, **dict(*where), shapes=self.shapes, latency=latency, notes=self.notes), indent=1)
+    return json.dumps(dict(norms=self.plan.counts, **dict(*where), shapes=self.shapes, latency=latency, notes=self.notes), indent=1)
 
 # %% ../nbs/14_bench.ipynb #5a1cb01e
 _colors = dict(original='#8a8984', folded='#3987e5')

@@ -119,8 +119,7 @@ def _show_plan(plan, *more):
 
 def _plan_json(plan, **extra):
     from fasterfold.report import FoldReport
-    norms = dict(found=len(plan.folded)+len(plan.kept), folded=len(plan.folded), kept=len(plan.kept))
-    return json.dumps(extra|dict(norms=norms, layers=FoldReport(plan, (), ()).to_df().to_dict('records')), indent=1)
+    return json.dumps(extra|dict(norms=plan.counts, layers=FoldReport(plan, (), ()).to_df().to_dict('records')), indent=1)
 
 # %% ../nbs/17_cli.ipynb #5a1c8001
 def _whole(subject):
@@ -243,9 +242,8 @@ def export(output:_Output, file:_File=None, trust:_Trust=False, timm:_Timm=None,
         x = subject.sample(sample)
         step('Folding, writing and running')
         with folding(): res = _fold_export(subject, output, x, keep, merge_branches, normalize, uint8, nhwc)
-    norms = dict(folded=len(res.plan.folded), kept=len(res.plan.kept))
     compared = dict(engine=res.engine, on=res.shapes, difference=res.proof.diff)
-    about = dict(input=str(file or weights), output=str(output), bytes=res.bytes, sample=subject.input, **res.meta, norms=norms, compared=compared)
+    about = dict(input=str(file or weights), output=str(output), bytes=res.bytes, sample=subject.input, **res.meta, norms=res.plan.counts, compared=compared)
     typer.echo(json.dumps(about, indent=1) if as_json else f'{res}\n\n{_ran_on(subject)}')
 
 # %% ../nbs/17_cli.ipynb #cd037f9c
@@ -302,8 +300,9 @@ def verify(file:_Original, folded:_Folded=None, trust:_Trust=False, sample:_Samp
     if check: return _belongs(file, check, trust)
     check_outputs([output], [file,folded,sample], force)
     from fasterfold.certify import certify
+    from fasterfold.program import is_program
     models = [open_model(o, trust, None, None) for o in (file,folded)]
-    if len({hasattr(m.whole, 'graph_signature') for m in models})>1: raise Stop('Give two exported programs, or two learners.')
+    if len({is_program(m.whole) for m in models})>1: raise Stop('Give two exported programs, or two learners.')
     with folding(): res = certify(*(m.whole for m in models), None if models[0].example is not None else models[0].sample(sample))
     if output:
         with new_files(output) as (tmp,): res.save(tmp)

@@ -67,14 +67,9 @@ def _items(args, n):
     return tuple(t.index_select(0, torch.arange(n)%len(t)) for t in args)
 
 # %% ../nbs/17_export.ipynb #5a1c9030
-def _takes(model, args):
-    try: Sample(model.laid(args)).run(model)
-    except Exception: return False
-    return True
-
 def _tests(model, args):
     "What may be free in a file of the `Deployed` `model`, in the order to try it, and the inputs by which to know whether it is."
-    sizes = [o for by in (32,13) if _takes(model, o := _larger(args, by))]*any(map(_is_image, args))
+    sizes = [o for by in (32,13) if Sample(model.laid(o := _larger(args, by))).fits(model)]*any(map(_is_image, args))
     if Sample(args).batch is None: return {'': [args]}
     batches = [args, _items(args, 1), _items(args, len(args[0])+1)]
     return ({'sizes': batches+sizes} if sizes else {}) | {'batch': batches, '': batches[1:2]}

@@ -128,17 +128,11 @@ class Subject:
         model = unwrap(self.model)
         try:
             for what,items in self.made_up() if self.made_up else ():
-                if _runs(model, x := Sample.of(self.to_input(items))): return what,x,items
+                if (x := Sample.of(self.to_input(items))).fits(model): return what,x,items
         except Exception: pass # these transforms take what nobody can make up
         try: return 'random numbers',Sample.of(None, model),None
         except FoldError as e: raise Stop('No input could be made up for this model: pass --sample IMAGE, or fold it in Python '
             'with BN_Folder().fold(learn.model, sample=...).') from e
-
-def _runs(model, sample):
-    try: sample.run(model)
-    except Exception: return False
-    return True
-
 
 # %% ../nbs/16_files.ipynb #5a1c6022
 def _noise(kind, side):

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import cycle
-from fastcore.basics import patch
+from fastcore.basics import groupby, patch
 from torch import nn
 from .affine import Affine
 from .find import Kept, find_norms
@@ -80,6 +80,11 @@ class FoldPlan:
 # %% ../nbs/06_plan.ipynb #ca0c632e
 _columns = ('norm','plan','into / because')
 
+@patch(as_prop=True)
+def counts(self:FoldPlan)->dict:
+    "How many norms there are, fold and stay."
+    return dict(found=len(self.folded)+len(self.kept), folded=len(self.folded), kept=len(self.kept))
+
 @patch
 def to_df(self:FoldPlan):
     "One row per norm, as a pandas DataFrame."
@@ -106,8 +111,7 @@ def by_reason(
     kept:list, # `Kept` items
 )->list: # Pairs (items, reason), the commonest reason first
     "Kept norms by reason."
-    groups = {}
-    for k in kept: groups.setdefault(_qualified.sub('…', k.reason), []).append(k)
+    groups = groupby(kept, lambda k: _qualified.sub('…', k.reason))
     return [(ks, _common([k.reason for k in ks])) for ks in sorted(groups.values(), key=lambda o: -len(o))]
 
 # %% ../nbs/06_plan.ipynb #5a1c9204

@@ -10,7 +10,7 @@ import html,io,json,math,os
 from dataclasses import dataclass,field
 from pathlib import Path
 import matplotlib.figure, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
-from fastcore.basics import patch
+from fastcore.basics import groupby, patch
 from torch import nn
 from .certify import Certificate
 from .cost import Comparison,UNITS,compare,count_parameters,model_size,peak_memory,show_seconds
@@ -66,11 +66,6 @@ def _several(names):
     "A few names, or the ends of many."
     return ', '.join(names) if len(names)<=2 else f'{names[0]} … {names[-1]}'
 
-def _groups(items, key):
-    res = {}
-    for o in items: res.setdefault(key(o), []).append(o)
-    return res
-
 def _cut(rows, limit, more):
     "At most `limit` rows; the last stands for those left out."
     return rows if len(rows)<=limit else [*rows[:limit-1], more(rows[limit-1:])]
@@ -82,7 +77,7 @@ def folded_rows(
 )->list: # Rows of text, the first the head
     "Folded norms by block: how many, which way and into which layers."
     block = blocks([f.norm for f in plan.folded], limit)
-    groups = _groups(plan.folded, lambda f: (block[f.norm], f.direction))
+    groups = groupby(plan.folded, lambda f: (block[f.norm], f.direction))
     rows = [[b, str(len(fs)), d, _several([n for f in fs for n in f.into])] for (b,d),fs in groups.items()]
     more = lambda rs: [f'and {len(rs)} more', str(sum(int(r[1]) for r in rs)), '', '']
     return [['block', 'norms', 'direction', 'into'], *_cut(rows, limit, more)]
@@ -245,8 +240,7 @@ def to_json(self:FoldReport)->str:
     pairs = lambda d: {k:dict(zip(('before','after'), map(_finite, v))) for k,v in d.items()}
     formats = {k:dict(contiguous=c['folded'].median, channels_last=c['channels_last'].median) for k,c in self.latency.items() if 'channels_last' in c}
     def times(c): return {k:{**o, 'times':c[k].times} for k,o in c.to_df().set_index('name').to_dict('index').items()}
-    found = dict(folded=len(self.plan.folded), kept=len(self.plan.kept))
-    res = dict(norms=dict(found=sum(found.values()), **found), **pairs(dict(parameters=self.parameters, size=self.size)),
+    res = dict(norms=self.plan.counts, **pairs(dict(parameters=self.parameters, size=self.size)),
         latency={k:times(c) for k,c in self.latency.items()}, memory=pairs(self.memory), metrics=pairs(self.metrics),
         format=self.plan.format or None, formats=formats, rounding=self.rounding and {k:_finite(v) for k,v in vars(self.rounding).items()},
         certificate=self.certificate and vars(self.certificate),

@@ -232,6 +232,16 @@ def items(self:Sample,
     "A batch of the first item, `n` times."
     return self.map(lambda t: t[:1].expand(n, *t.shape[1:]).contiguous())
 
+# %% ../nbs/02_sample.ipynb #5a1c9302
+@patch
+def fits(self:Sample,
+    model, # What is called
+)->bool:
+    "Does `model` run on it?"
+    try: self.run(model)
+    except Exception: return False
+    return True
+
 @patch
 def by_size(self:Sample,
     model:nn.Module, # What is called
@@ -240,12 +250,9 @@ def by_size(self:Sample,
     "One item and a batch, as far as `model` takes them."
     n = n or self.batch
     if not self.batch or n<2: return {'1 item': self}
-    def takes(s):
-        try: s.run(model)
-        except Exception: return s is self # whoever runs it next shall hear of it
-        return True
     sizes = {'1 item':self.items(), f'batch of {n}':self if n==self.batch else self.items(n)}
-    return {k:s for k,s in sizes.items() if takes(s)} or {f'batch of {self.batch}':self}
+    # whoever runs the sample itself next shall hear of what is wrong with it
+    return {k:s for k,s in sizes.items() if s.fits(model) or s is self} or {f'batch of {self.batch}':self}
 
 # %% ../nbs/02_sample.ipynb #979583ff
 def _is_free(t): return isinstance(t, Tensor) and t.dim()>0 and is_dense(t)
