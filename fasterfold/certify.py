@@ -9,8 +9,9 @@ __all__ = ['ONE', 'ZERO', 'LAWS', 'Ball', 'either', 'stored', 'Undecided', 'Matc
            'merged', 'Certificate', 'certify']
 
 # %% ../nbs/14_certify.ipynb #ce270004
-import hashlib, html, inspect, itertools, json, operator, os, re, sympy, torch, torch.nn.functional as F
+import hashlib, html, inspect, itertools, json, operator, re, sympy, torch, torch.nn.functional as F
 from collections import Counter
+from contextlib import contextmanager
 from importlib import import_module
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import Interpreter, Node
 from torch.utils._pytree import tree_leaves, tree_map
 from fastcore.basics import patch
-from .interrupt import interruptible, whole
+from .interrupt import interruptible, whole, write_text
 from .sample import Sample
 from .state import FoldError, preserved, unwrap
 from .table import styled
@@ -1147,13 +1148,7 @@ def save(self:Certificate,
     path:str|Path, # File to write, such as `certificate.json`
 )->Path: # The file
     "Write it as JSON, whole or not at all."
-    path = Path(path)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        tmp.write_text(self.to_json()+'\n', encoding='utf-8')
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
-    return path
+    return write_text(path, self.to_json()+'\n')
 
 @patch(cls_method=True)
 def load(cls:Certificate,
@@ -1283,6 +1278,16 @@ def _witness(original, folded):
 # %% ../nbs/14_certify.ipynb #ce270083
 def _model(o): return o if isinstance(o, ExportedProgram) else unwrap(o if isinstance(o, nn.Module) else getattr(o, 'model', o))
 
+@contextmanager
+def _contiguous(model):
+    "`model` with weights in one memory format, for a while."
+    old = [(t, t.data) for t in (*model.parameters(),*model.buffers()) if t.layout is torch.strided and not t.is_contiguous()]
+    try:
+        for t,data in old: t.data = data.contiguous()
+        yield
+    finally:
+        for t,data in old: t.data = data
+
 def _exported(model, sample, free):
     "`model` as a program, in which the dimensions are free for which `free` is true, a function of the position of a tensor and the dimension."
     args,kwargs = sample.copied()
@@ -1291,7 +1296,7 @@ def _exported(model, sample, free):
         k = next(i)
         return {d:Dim.AUTO if free(k, d) else Dim.STATIC for d in range(t.dim())} if isinstance(t, Tensor) else None
     shapes = tree_map(one, dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments))
-    with preserved(model): return interruptible(torch.export.export, model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    with preserved(model), _contiguous(model): return interruptible(torch.export.export, model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 def _freed(p):
     "What is free in a program, as such a function."

@@ -222,8 +222,9 @@ def _fold_export(subject, output, sample, keep, merge_branches, normalize, uint8
     from fasterfold.fold import BN_Folder
     from fasterfold.state import unwrap
     options = dict(keep=keep or (), merge_branches=merge_branches)
-    if hasattr(subject.whole, 'dls') and subject.items is None: raise Stop('Nothing could be made up that the transforms of this learner take: pass --sample IMAGE.')
-    if hasattr(subject.whole, 'dls'): return subject.whole.fold_export(output, subject.items, normalize, uint8, nhwc, **options)
+    if hasattr(subject.whole, 'dls'):
+        if subject.items is None: raise Stop('Nothing could be made up that the transforms of this learner take: pass --sample IMAGE.')
+        return subject.whole.fold_export(output, subject.items, normalize, uint8, nhwc, **options)
     if normalize or uint8: raise Stop('--normalize and --uint8 are for learners: what was given has no loaders that normalize.')
     folder = BN_Folder(**options)
     original,_ = fold_subject(subject, folder, sample)

@@ -6,7 +6,7 @@
 __all__ = ['Rounding', 'rounding', 'blocks', 'folded_rows', 'kept_rows', 'FoldReport', 'Figure', 'report']
 
 # %% ../nbs/14_report.ipynb #1fef0adf
-import html,io,json,math,os
+import html,io,json,math
 from dataclasses import dataclass,field
 from pathlib import Path
 import matplotlib.figure, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
@@ -15,6 +15,7 @@ from torch import nn
 from .certify import Certificate
 from .cost import Comparison,UNITS,compare,count_parameters,model_size,peak_memory,show_seconds
 from .formats import Formats
+from .interrupt import write_text
 from .plan import FoldPlan, by_reason
 from .proof import run_as
 from .sample import Sample
@@ -332,7 +333,6 @@ def save(self:FoldReport,
     path:str|Path, # File to write, such as `report.html`
 )->Path: # The file
     "Write the report as one HTML file that opens anywhere."
-    path = Path(path)
     inked = 'text.color axes.labelcolor axes.edgecolor axes.titlecolor xtick.color ytick.color'.split()
     with plt.style.context(['default', dict.fromkeys(inked, _ink)|{'svg.hashsalt':'fasterfold'}]):
         fig = self.plot()
@@ -346,9 +346,4 @@ def save(self:FoldReport,
 <body class="fasterfold"><h1>Fold report</h1>{self._repr_html_()}{svg}
 <details><summary>All {len(df)} norms</summary>{every}</details></body></html>
 '''
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        tmp.write_text(page, encoding='utf8')
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
-    return path
+    return write_text(path, page)

@@ -439,5 +439,11 @@ def test_learners_ask_for_one(tmp_path, monkeypatch):
     res = learn.fold_export(tmp_path/'m.pt2', certify=True)
     assert res.certificate.proved and 'Certificate: Proved' in str(res)
     with open(tmp_path/'m.pt2', 'rb') as f: assert Certificate.check(tmp_path/'m.certificate.json', torch.export.load(f))
-    res = learn.fold(certify=True)
-    assert res.certificate.proved and 'Certificate: Proved' in str(res) and json.loads(res.to_json())['certificate']['verdict']=='proved'
+    for last in (False,True): # of memory formats, a program has rules for its sizes that no other has
+        res = learn.fold(certify=True, channels_last=last)
+        weights = {n:(t.stride(),t.data_ptr()) for n,t in learn.model.named_parameters()}
+        assert res.plan.format==('channels_last' if last else '')
+        assert res.certificate.proved and 'Certificate: Proved' in str(res) and json.loads(res.to_json())['certificate']['verdict']=='proved'
+        certify(learn.model, learn.model, learn.dls.valid.one_batch()[0])
+        assert {n:(t.stride(),t.data_ptr()) for n,t in learn.model.named_parameters()}==weights
+        learn.unfold()
