@@ -1,8 +1,8 @@
 """Ctrl-C at any moment: everything is as it was, or all is done.
 
 Between two checks of an operation a signal waits, at each call and return, which is looked at for all of them. So what can happen is that it is heard at a check, or before the operation takes the key, or after. A part of these moments is tried here,
-and some others; `INTERRUPT=1` tries all that differ, and `INTERRUPT=2` all calls and returns, which takes hours."""
-import gc, inspect, logging, os, random, signal, subprocess, sys, textwrap, threading, time, warnings
+and some others; `INTERRUPT=1` tries all that differ, and `INTERRUPT=2` all calls and returns that are in an operation, each in a process of its own, which takes an hour for each."""
+import gc, inspect, logging, os, random, shutil, signal, subprocess, sys, textwrap, threading, time, traceback, warnings
 from functools import partial
 from pathlib import Path
 import pytest, torch
@@ -19,9 +19,8 @@ from fasterfold.cli import app
 from fasterfold.edit import Snapshot
 from fasterfold.all import BN_Folder,FoldCallback,FoldedValidation,fold_like,latency
 from fasterfold.interrupt import check
-from fasterfold.report import report
 from fasterfold.state import Contents
-from helpers import randomize_norms,state
+from helpers import randomize_norms,state,timed_for
 from learners import KINDS,train
 
 every = int(os.environ.get('INTERRUPT', 0))
@@ -30,7 +29,7 @@ every = int(os.environ.get('INTERRUPT', 0))
 def quick(monkeypatch):
     "Python's own handler, no bars, latency measured for a moment only, and no plans read again."
     old = signal.signal(signal.SIGINT, signal.default_int_handler)
-    monkeypatch.setattr('fasterfold.learner.report', partial(report, seconds=.001))
+    monkeypatch.setattr('fasterfold.learner.report', timed_for(.001))
     monkeypatch.setattr(defaults, 'callbacks', [o for o in defaults.callbacks if o is not ProgressCallback])
     yield
     assert signal.signal(signal.SIGINT, old) is signal.default_int_handler
@@ -48,6 +47,40 @@ class Presses:
         if self.only and (event!='call' or frame.f_code is not self.only.__code__) or frame.f_code is broken_off.__code__: return
         self.n += 1
         if self.n in self.at: signal.raise_signal(signal.SIGINT)
+
+class Forks(Presses):
+    "Presses Ctrl-C at each call and return in an operation, in a process that is forked for that."
+    def __init__(self, moved=lambda: None): self.moved,self.inside,self.total,self.failed = moved,0,0,[] # `moved` is called first in each
+    @property
+    def forked(self): return hasattr(self, 'at')
+    def __call__(self, frame, event, arg):
+        if self.forked: return super().__call__(frame, event, arg)
+        if frame.f_code is broken_off.__code__: return
+        ours = event in ('call','return') and frame.f_globals.get('__name__', '').startswith('fasterfold.')
+        self.inside += ours and event=='call'
+        if self.inside:
+            self.total += 1
+            drawn = random.getstate()
+            if pid := os.fork(): self.failed += [self.total]*bool(os.waitpid(pid, 0)[1])
+            else:
+                random.setstate(drawn) # which Python seeds anew in a new process
+                self.moved()
+                super().__init__(1)
+                super().__call__(frame, 'forked', arg)
+        self.inside -= ours and event=='return'
+
+def everywhere(f, verdict, moved=lambda: None):
+    "`verdict` of what each process found that pressed somewhere in `f`: a function of who pressed, and of whether `f` was broken off."
+    forks = Forks(moved)
+    stopped = broken_off(f, forks)
+    if forks.forked:
+        try: verdict(forks, stopped)
+        except BaseException: # this process must not go on as if it were the first
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    print(f'{forks.total} calls and returns')
+    assert not stopped and not forks.failed and forks.total>100
 
 class Looks:
     "Counts calls and returns, checks, and lists those at which a signal would not wait."
@@ -88,7 +121,7 @@ def some(items, n, g): return items if every or len(items)<=n else [items[g.rand
 def moments(looks, n):
     "Presses at `n` checks, `n` calls and returns at which a signal does not wait, and some at which it does; every other time, a second press follows."
     g = random.Random(0)
-    calls = range(1, looks.n+1) if every>1 else some(looks.open or range(1, looks.n+1), n, g)+[g.randint(1, looks.n) for _ in range(n//2)]
+    calls = some(looks.open or range(1, looks.n+1), n, g)+[g.randint(1, looks.n) for _ in range(n//2)]
     for i,k in enumerate(calls): yield Presses(k, *([k+int(10**(5*g.random()))] if i%2 else []))
     for k in some(range(1, looks.checks+1), n, g): yield Presses(k, *([k+1] if k%2 else []), only=check)
 
@@ -125,18 +158,18 @@ def assert_as_it_was(see, f, n=20, done=lambda: False, again=lambda: None):
     "Broken off at any of `n` moments of a kind, `f` leaves what `see` sees; or it is `done`, if it could not stop any more, and `again` makes that as before."
     looks = looked_at(f, lambda: done() and again())
     assert_waits(looks)
-    before,late = see(),0
+    before = see()
+    def verdict(p, stopped):
+        assert stopped==p.came, f"pressed at {p.at}, and not heard"
+        if done(): assert not p.stops, f"pressed at {p.at}, and heard too late"
+        elif stopped: assert not before.changed(see()), f"pressed at {p.at}"
+    if every>1: return everywhere(f, verdict)
     for p in moments(looks, n):
         stopped = broken_off(f, p)
-        assert stopped==p.came, f"pressed at {p.at}, and not heard"
-        if done():
-            assert not p.stops, f"pressed at {p.at}, and heard too late"
-            late += stopped
-            again()
-            before = see()
-        elif stopped: assert not before.changed(see()), f"pressed at {p.at}"
-        else: before = see()
-    return late
+        verdict(p, stopped)
+        late = done()
+        if late: again()
+        if late or not stopped: before = see()
 
 def norms(model): return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 def is_folded(learn): return not norms(learn.model) and learn.opt is None and learn._past is not None
@@ -242,12 +275,15 @@ def test_folded_validation(plain):
     def f(): plain.fit(2, 1e-3, cbs=cbs)
     looks,before = looked_at(f, Looks=Counts),world()
     assert folded
-    for p in moments(looks, 8):
-        plain.training,plain.held_now = True,None
-        assert broken_off(f, p)==p.came
+    def verdict(p, stopped):
+        assert stopped==p.came
         assert [*plain.model.modules()]==modules and len(norms(plain.model))==3 and 'all_batches' not in vars(plain)
         if not plain.training and plain.held_now is not None: assert plain.held_now==bytes_of(plain.model)
         if p.only: assert world()==before # else it may have been between fastai's own
+    if every>1: return everywhere(f, verdict)
+    for p in moments(looks, 8):
+        plain.training,plain.held_now = True,None
+        verdict(p, broken_off(f, p))
         torch.set_grad_enabled(True)
         plain.remove_cbs([cb for cb in plain.cbs if cb in cbs])
     f() # goes on as ever
@@ -259,9 +295,12 @@ def test_fold_callback(plain):
     def fresh(): plain.remove_cbs([o for o in plain.cbs if o is cb])
     looks = looked_at(f, plain.unfold, Counts)
     n,times = len(norms(plain.model)),[0,0]
-    for p in moments(looks, 8):
-        assert broken_off(f, p)==p.came
+    def verdict(p, stopped):
+        assert stopped==p.came
         assert is_folded(plain) or len(norms(plain.model))==n and plain.opt is not None
+    if every>1: return everywhere(f, verdict)
+    for p in moments(looks, 8):
+        verdict(p, broken_off(f, p))
         times[is_folded(plain)] += 1
         if is_folded(plain): plain.unfold()
         fresh()
@@ -376,21 +415,30 @@ def right(before, path, code, said):
     return new and (code,said) in ((0,''),(130,'fasterfold: Interrupted after folded.pkl and report.html had been written.\n'),(130,'')),True
 
 def test_command(box, monkeypatch):
-    monkeypatch.setattr('fasterfold.report.report', partial(report, seconds=.001))
+    monkeypatch.setattr('fasterfold.report.report', timed_for(.001))
     before,runner,res = files(box),CliRunner(**{k:False for k in inspect.signature(CliRunner).parameters if k=='mix_stderr'}),[]
     def f(): res[:] = [runner.invoke(app, ARGS)]
     looks = looked_at(f, Looks=Counts)
     assert res[0].exit_code==0 and files(box)!=before
-    for p in moments(looks, 5):
+    def anew():
         (box/'folded.pkl').unlink(missing_ok=True)
         (box/'report.html').write_text('old')
-        around = world()
         res.clear()
-        broken_off(f, p) # outside of the command, too
-        if not p.came: continue
-        ok,written = right(before, box, *((res[0].exit_code,res[0].stderr) if res else (130,'')))
+    def verdict(p, stopped):
+        if not p.came: return
+        ok,written = right(before, Path.cwd(), *((res[0].exit_code,res[0].stderr) if res else (130,'')))
         assert ok and not (written and p.stops), (p.at, res)
         assert world()==around
+        if every>1: shutil.rmtree(Path.cwd())
+    around = world()
+    if every>1:
+        anew()
+        return everywhere(f, verdict, lambda: os.chdir(shutil.copytree(box, box.parent/f'box{os.getpid()}')))
+    for p in moments(looks, 5):
+        anew()
+        around = world()
+        broken_off(f, p) # outside of the command, too
+        verdict(p, None)
 
 @pytest.mark.parametrize('writing', [True,False])
 def test_command_in_its_process(writing, box):
@@ -398,7 +446,7 @@ def test_command_in_its_process(writing, box):
     before = files(box)
     run = subprocess.Popen([Path(sys.executable).parent/'fasterfold', *ARGS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if writing:
-        while run.poll() is None and not [*box.glob('.folded.pkl.*.tmp')]: time.sleep(.01)
+        while run.poll() is None and not [*box.glob('.folded.*.tmp.pkl')]: time.sleep(.01)
     else: time.sleep(random.uniform(2, 5))
     run.send_signal(signal.SIGINT)
     said = run.communicate()[1]
