@@ -15,10 +15,9 @@ from importlib.util import find_spec
 from io import StringIO
 import matplotlib.figure, matplotlib.pyplot as plt, numpy as np, pandas as pd
 from fastcore.basics import noop, patch
-from fastprogress import progress_bar
 from torch import nn
 from torch.utils._pytree import tree_leaves
-from .cost import UNITS, Comparison, compare, show_seconds
+from .cost import UNITS, Comparison, bar, compare, show_seconds
 from .interrupt import block, interruptible, whole
 from .plan import FoldPlan
 from .program import exportable
@@ -303,13 +302,13 @@ def bench(
     with tempfile.TemporaryDirectory() as folder, preserved(original), preserved(folded):
         for i,s in samples.items():
             right,cases,ready = _judge(original, s),{k:Case(m, s, folder) for k,m in (('original',original),('folded',folded))},{}
-            for name in progress_bar(names, leave=False) if progress else names:
+            for name in bar(names, progress and f'engines, {i}'):
                 tell(f'{name}, {i}')
                 done,why = _ready(name, cases, right, s)
                 ready |= {(name,w):f for w,f in done.items()}
                 left |= {(name,i,w):o for w,o in why.items()}
             tell(f'Timing, {i}')
-            times = compare({f'{name}, {w}':f for (name,w),f in ready.items()}, s, seconds, progress, turns=6)
+            times = compare({f'{name}, {w}':f for (name,w),f in ready.items()}, s, seconds, progress and f'timing, {i}', turns=6)
             res.latency[i] = {name:Comparison((w, times[f'{name}, {w}']) for n,w in ready if n==name) for name in dict.fromkeys(n for n,_ in ready)}
     res.notes = [o for o in lacks.values() if o]+_notes(left, [*samples])
     return res

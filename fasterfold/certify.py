@@ -22,7 +22,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import Interpreter, Node
 from torch.utils._pytree import tree_leaves, tree_map
 from fastcore.basics import patch
-from .interrupt import interruptible, whole, write_text
+from .interrupt import interruptible, whole, write_whole
 from .sample import Sample
 from .state import FoldError, preserved, unwrap
 from .table import styled
@@ -1148,7 +1148,7 @@ def save(self:Certificate,
     path:str|Path, # File to write, such as `certificate.json`
 )->Path: # The file
     "Write it as JSON, whole or not at all."
-    return write_text(path, self.to_json()+'\n')
+    return write_whole(path, self.to_json()+'\n')
 
 @patch(cls_method=True)
 def load(cls:Certificate,

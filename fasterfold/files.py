@@ -245,7 +245,7 @@ def new_files(
     *paths:Path, # The files to be, `None` for one that is not wanted
 ):
     "Names to write to, which become `paths` if all goes well, and are gone if not."
-    tmps = [p and p.with_name(f'.{p.name}.{os.getpid()}.tmp') for p in paths]
+    tmps = [p and p.with_name(f'.{p.stem}.{os.getpid()}.tmp{p.suffix}') for p in paths]
     pairs = [(t, p) for t,p in zip(tmps, paths) if p]
     try:
         yield tmps

@@ -11,14 +11,15 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial, wraps
 from textwrap import shorten
-from fastcore.basics import patch, store_attr
+from fastcore.basics import groupby, patch, store_attr
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from .constants import computing, explained, storable, store_weights, told_by_reason
 from .cover import Cover, describe, on_inputs, same_edits, widen
 from .edit import Snapshot, apply_plan, by_name
 from .formats import Formats, conv_weights
 from .interrupt import check, whole
-from .plan import FoldPlan, plan_folds
+from .plan import FoldPlan, merges, plan_folds
 from .program import inputs_of, is_program, lift, lower
 from .proof import Proof, compare_runs, distance, eps_of, largest, prove, run_as, to_double
 from .sample import Sample, part_named
@@ -160,11 +161,11 @@ class BN_Folder:
         if is_program(model): return self._fold_program(model, sample, samples)[1]
         model = check_model(model)
         samples = _samples(model, sample, samples, _parts(model, self.keep))
-        if self.merge_branches: _merge(model:=copy_model(model), samples[0])
+        merged = _merge(model:=copy_model(model), samples[0]) if self.merge_branches else ({},[])
         _check_parts(cover := Cover(model, samples, trace))
         was,more = Structure(model) if self.strip_unused or self.store_weights and computing(cover.main.graph) else None,self._more
         try:
-            plan = self._told(widen(cover := self._ready(model, cover)).main.plan)
+            plan = self._told(widen(cover := self._ready(model, cover)).main.plan, *merged)
             plan.covers = describe(cover, 'Traced')
             return plan
         finally:
@@ -208,7 +209,7 @@ def refold(self:BN_Folder)->FoldPlan: # What was folded now
     target,graph,kept = self._last
     before = self.result
     with self._all_or_nothing(target):
-        if before.stored or before.unused: # what was stored then came from the weights of then
+        if before.merged or before.stored or before.unused: # what was computed then came from the weights of then
             self.result = self._fold(target, self._more['samples'])
             return self.result
         self.result = self._try(target, graph, dict(kept))
@@ -279,15 +280,15 @@ def _fold_as(self:BN_Folder, target, graph, exclude, tests, plan=None):
 @patch
 def _fold(self:BN_Folder, target, samples):
     "Fold `target` in place; returns the plan."
-    if self.merge_branches: _merge(target, samples[0])
-    self._more = {}
+    self._more,merged = {},_merge(target, samples[0]) if self.merge_branches else ({},[])
     plan,cover = self._at_a_glance(target, samples) if self.verify and len(samples)==1 and not self.strip_unused else (None,None)
     if plan is None:
         known = [] if cover is None else cover.trials[1:]
         _check_parts(cover := Cover(target, samples, trace, known))
         try: plan = self._proved(target, cover := self._ready(target, cover))
         except _Unlike: plan = self._proved(target, cover := Cover(target, samples, partial(trace, watched=False)))
-    plan = self._told(plan)
+    plan = self._told(plan, *merged)
+    if plan.merged: self._more['samples'] = samples
     if self.strip_dropout: strip_dropout(target, self._last[1])
     if self.strip_identity: plan.stripped,plan.notes[len(plan.notes):] = strip_identity(target, [t.sample for t in cover.trials], self.verify)
     if self.channels_last: self._format(target, cover, plan)
@@ -309,8 +310,9 @@ def _ready(self:BN_Folder, target, cover):
     return Cover(target, samples, trace, [] if self._more['stored'] or self._more['unused'] else cover.trials[len(samples):])
 
 @patch
-def _told(self:BN_Folder, plan):
-    "`plan`, with what `_ready` did."
+def _told(self:BN_Folder, plan, merged, notes):
+    "`plan`, with what `_merge` and `_ready` did."
+    plan.merged,plan.notes = merged,plan.notes+notes
     if more := self._more:
         plan.stored,plan.unused = more['stored'],more['unused']
         plan.notes = plan.notes+more['notes']+told_by_reason('weights are computed at every call in', more['why'])
@@ -485,9 +487,12 @@ def merge_blocks(
     except Exception as e: raise FoldError(f"timm cannot merge the branches of this model ({type(e).__name__}: {e}): fold it without `merge_branches=True`") from e
     finally: torch.set_default_dtype(dtype)
 
+def _norms_of(model): return [n for n,m in model.named_modules() if isinstance(m, _BatchNorm)]
+
 def _merge(target, sample):
-    "Let timm merge the branches of blocks that know how to; taken back if the outputs change."
+    "Let timm merge the branches of blocks that know how to; taken back if the outputs change. The norms that went with each block, by its name, and what to say of it."
     snap,modes,refs = Snapshot(target),_modes(target),sample.run(target)
+    blocks,norms = {n for n,m in target.named_modules() if merges(m)},_norms_of(target)
     with preserved(target):
         merge_blocks(target)
         merged = Snapshot(target)
@@ -497,7 +502,12 @@ def _merge(target, sample):
     _set_modes(target, modes)
     try: ok = prove(sample.run(target), refs, again, run_as(double, sample), exact, eps_of(target)).ok
     except FoldError: ok = False # a part that shall be kept is gone
-    if not ok: snap.restore()
+    if not ok:
+        snap.restore()
+        return {},["Branches are not merged: the model would compute something else."]
+    def block(norm): return max((b for b in blocks if norm.startswith(f'{b}.')), key=len, default=norm.rpartition('.')[0])
+    left = {*_norms_of(target)}
+    return groupby([n for n in norms if n not in left], block),[]
 
 # %% ../nbs/11_fold.ipynb #5a1c0e08
 def _unlike(

@@ -10,7 +10,7 @@ import warnings
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import wraps
-from fastai.callback.progress import CSVLogger
+from fastai.callback.progress import CSVLogger,ProgressCallback
 from fastai.callback.schedule import *
 from fastai.learner import *
 from fastai.torch_basics import *
@@ -18,6 +18,7 @@ from fastai.callback.core import Callback
 from torch.utils.data import DataLoader as TorchDataLoader
 from .bench import FoldBench,bench
 from .certify import certify as certified
+from .cost import bar
 from .fold import BN_Folder
 from .interrupt import block,check,interruptible,whole
 from .load import Misfit,adopt
@@ -206,21 +207,42 @@ def _as_it_was(learn):
         set_random_states(**rng)
         raise
 
-class _Check(Callback):
-    "Hears of Ctrl-C after each batch."
-    def after_batch(self): check()
+class _Stage(Callback):
+    "Says beside the progress bar what is validated, and hears of Ctrl-C after each batch."
+    order = ProgressCallback.order+1
+    def __init__(self, label): self.label = label
+    def _say(self):
+        bar = getattr(getattr(self.learn, 'progress', None), 'pbar', None)
+        if bar is not None: bar.comment = self.label
+        return bar
+    def before_validate(self):
+        if (bar := self._say()) is not None: bar.update(0)
+    def after_batch(self):
+        check()
+        self._say()
 
 
 # %% ../nbs/15_learner.ipynb #5a1c4015
-def _scores(learn):
-    "Loss and metrics on the validation set by name; nothing where there is none."
+def _scores(learn, which):
+    "Loss and metrics on the validation set by name; nothing where there is none. `which` model it is, a progress bar says."
     loaders = getattr(learn.dls, 'loaders', [])
     rec = getattr(learn, 'recorder', None)
     if len(loaders)<2 or not len(loaders[1]) or rec is None: return {}
     history = {k:getattr(rec, k) for k in rec._stateattrs if hasattr(rec, k)}
     with learn.removed_cbs(learn.cbs.filter(lambda cb: hasattr(cb, '_only_train_loop') or isinstance(cb, CSVLogger))):
-        try: return dict(zip(['valid_loss', *learn.metrics.attrgot('name')], interruptible(learn.validate, cbs=_Check())))
+        try: return dict(zip(['valid_loss', *learn.metrics.attrgot('name')], interruptible(learn.validate, cbs=_Stage(f'validating, {which}'))))
         finally: rec.__dict__.update(history)
+
+# %% ../nbs/15_learner.ipynb #5a1ce042
+def _step(learn, label, f, *args, **kwargs):
+    "`f` of what follows, beside a progress bar that says so."
+    for _ in bar(range(1), hasattr(learn, 'progress') and label): res = f(*args, **kwargs)
+    return res
+
+def _called(learn):
+    "What the model of `learn` is called: its architecture, if that is known."
+    arch = getattr(learn, 'arch', None)
+    return arch if isinstance(arch, str) else getattr(arch, '__name__', type(unwrap(learn.model)).__name__)
 
 @patch
 @whole
@@ -230,19 +252,22 @@ def fold(self:Learner,
     normalize:bool=False, # Also fold the `Normalize` of the loaders into the model, which then takes images as they are?
     undo:bool=True, # Remember what `unfold` needs? That takes as much memory as the weights that change
     certify:bool=False, # Also compare the two programs for every input? That takes two exports
+    validate:bool=True, # Compute loss and metrics, before and after?
+    seconds:float=.5, # About how long to time each model on each input; 0 to time nothing
     channels_last:bool|str='auto', # Also use channels_last weights? 'auto' times both formats next to the original, and keeps the faster
     **kwargs
 )->FoldReport: # What it changed
     "Fold the norms of `model` in place, keep the faster memory format, and report on norms, size, latency and metrics."
     BN_Folder(**(kwargs := dict(channels_last=channels_last, **kwargs))) # to hear of a wrong option before a validation
     with _as_it_was(self):
-        before,fold = _scores(self),Fold(self, sample, normalize, copied=True, **kwargs)
+        before = _scores(self, 'original') if validate else {}
+        fold = _step(self, 'folding', Fold, self, sample, normalize, copied=True, **kwargs)
         try:
             model = unwrap(self.model)
-            res = report(fold.original, model, fold.plan, fold.samples[0].by_size(model), progress=hasattr(self, 'progress'),
-                formats=fold.folder.formats)
-            if certify: res.certificate = certified(fold.original, model, fold.samples[0])
-            after = _scores(self)
+            res = report(fold.original, model, fold.plan, fold.samples[0].by_size(model), seconds=seconds, progress=hasattr(self, 'progress'),
+                formats=fold.folder.formats, name=_called(self))
+            if certify: res.certificate = _step(self, 'comparing for every input', certified, fold.original, model, fold.samples[0])
+            after = _scores(self, 'folded') if validate else {}
             check() # later it is done
         except BaseException:
             fold.undo()

@@ -14,7 +14,7 @@ from .edit import Snapshot, apply_plan, by_name, put
 from .find import find_norms
 from .fold import merge_blocks
 from .interrupt import check, interruptible, whole
-from .plan import FoldPlan, Planner
+from .plan import FoldPlan, Planner, merges
 from .rules import Blocked
 from .sample import Sample
 from .state import FoldError, check_model, copy_model
@@ -126,7 +126,7 @@ def _add_biases(model, state, graph):
 # %% ../nbs/11_load.ipynb #5a1c3012
 def _merge(model, state):
     "Merge branches if the file then fits better."
-    if not any(callable(getattr(m, k, None)) for m in model.modules() for k in ('reparameterize','fuse','switch_to_deploy')): return
+    if not any(map(merges, model.modules())): return
     merged = copy_model(model)
     try: merge_blocks(merged)
     except FoldError: return

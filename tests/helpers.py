@@ -117,6 +117,11 @@ def every_way(make, x, look, **options):
                 assert new.training==train and (inplace or look(net)==before)
                 yield folder,net,new,before
 
+def timed_for(seconds):
+    "`report` that times for so long, whatever it is told."
+    from fasterfold.report import report
+    return lambda *args, **kwargs: report(*args, **kwargs|dict(seconds=seconds))
+
 def names_of(items): return [o.norm for o in items]
 def reason(plan, norm): return next(o.reason for o in plan.kept if o.norm==norm)
 

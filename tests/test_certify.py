@@ -2,7 +2,7 @@
 
 `CERTIFY=1` also takes large models, and many more random networks and changed weights, which takes an hour."""
 import copy, json, os, random, re
-from functools import lru_cache, partial
+from functools import lru_cache
 import pytest, torch, torch.nn.functional as F, torchvision
 from fastai.tabular.model import TabularModel
 from fastai.vision.learner import create_vision_model
@@ -14,7 +14,7 @@ from fasterfold.fold import BN_Folder
 from fasterfold.sample import Sample
 from fasterfold.state import FoldError
 from helpers import *
-import fasterfold.export, fasterfold.learner, fasterfold.report # give learners what they fold by, chkstyle: ignore
+import fasterfold.export, fasterfold.learner # give learners what they fold by, chkstyle: ignore
 from learners import KINDS
 from test_cli import assert_refused, call
 from test_package import imports_of, root
@@ -433,7 +433,7 @@ def test_command(tmp_path):
     assert_refused(call('verify', a), 'two files')
 
 def test_learners_ask_for_one(tmp_path, monkeypatch):
-    monkeypatch.setattr('fasterfold.learner.report', partial(fasterfold.report.report, seconds=.001))
+    monkeypatch.setattr('fasterfold.learner.report', timed_for(.001))
     learn = KINDS['plain_learner'](tmp_path)
     randomize_norms(learn.model)
     res = learn.fold_export(tmp_path/'m.pt2', certify=True)

@@ -152,7 +152,7 @@ def test_options_of_a_folder(box):
 
 def test_plan_json(box):
     res = json.loads(call('plan', box/'export.pkl', '--trust', '--sample', box/'image.png', '--json').stdout)
-    assert res['norms']==dict(found=6, folded=6, kept=0)
+    assert res['norms']==dict(found=6, folded=6, merged=0, kept=0)
     assert len(res['layers'])==6 and {o['result'] for o in res['layers']}=={'folded'}
     assert {o['direction'] for o in res['layers']}=={'back','forward'}
 
@@ -186,7 +186,7 @@ def test_fold_in_a_shell(box):
     res = call_process('fold', 'export.pkl', '-o', 'folded.pkl', '--trust', '--json', cwd=box)
     assert res.returncode==0 and res.stderr=='', res.stderr
     got = json.loads(res.stdout)
-    assert got['norms']==dict(found=6, folded=6, kept=0) and got['output']=='folded.pkl'
+    assert got['norms']==dict(found=6, folded=6, merged=0, kept=0) and got['output']=='folded.pkl'
     assert got['parameters']['after']<got['parameters']['before'] and got['bytes']==(box/'folded.pkl').stat().st_size
     code = '''import sys; sys.modules['fasterfold'] = None
 from fastai.learner import load_learner
@@ -394,7 +394,7 @@ def test_demo(tmp_path):
     res = call_process('demo', '--json', cwd=tmp_path)
     assert res.returncode==0, res.stderr
     got = json.loads(res.stdout)
-    assert got['norms']==dict(found=22, folded=22, kept=0)
+    assert got['norms']==dict(found=22, folded=22, merged=0, kept=0)
     assert got['images']==got['same']==359 and got['right']['before']==got['right']['after']>=0.85*359
     before,after = got['metrics']['accuracy'].values()
     assert before==after==pytest.approx(got['right']['before']/359)

@@ -77,7 +77,7 @@ _look = r'''(() => {
   const over = (a, b) => [0,1,2].map(i => a[i]*a[3] + b[i]*(1-a[3])).concat(1)
   const lum = c => { const [r,g,b] = c.slice(0,3).map(v => (v/=255)<=.03928 ? v/12.92 : ((v+.055)/1.055)**2.4); return .2126*r+.7152*g+.0722*b }
   const behind = el => { const layers = []; for (let e = el; e; e = e.parentElement) layers.push(rgba(getComputedStyle(e).backgroundColor));
-    return layers.reverse().reduce((b, a) => over(a, b), getComputedStyle(document.documentElement).colorScheme.includes('dark') ? [18,18,18,1] : [255,255,255,1]) }
+    return layers.reverse().reduce((b, a) => over(a, b), getComputedStyle(document.documentElement).colorScheme.includes('dark') && matchMedia('(prefers-color-scheme: dark)').matches ? [18,18,18,1] : [255,255,255,1]) }
   const bad = [], walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT)
   while (walk.nextNode()) {
     const t = walk.currentNode, el = t.parentElement

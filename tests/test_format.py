@@ -14,8 +14,7 @@ from fasterfold.cost import compare
 from fasterfold.fold import BN_Folder
 from fasterfold.learner import FoldCallback
 from fasterfold.proof import distance,run
-from fasterfold.report import report
-from helpers import check_fold,eps_of,randomize_norms
+from helpers import check_fold,eps_of,randomize_norms,timed_for
 from learners import KINDS,images as digits,plain,small,train
 
 LAST = torch.channels_last
@@ -24,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings('ignore')
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     "No progress bars, and latency measured for a moment only."
-    monkeypatch.setattr('fasterfold.learner.report', partial(report, seconds=.03))
+    monkeypatch.setattr('fasterfold.learner.report', timed_for(.03))
     monkeypatch.setattr('fasterfold.formats.compare', lambda *args, **kwargs: compare(*args, **kwargs|dict(seconds=.03)))
     monkeypatch.setattr(defaults, 'callbacks', [o for o in defaults.callbacks if o is not ProgressCallback])
 

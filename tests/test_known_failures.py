@@ -543,3 +543,17 @@ def test_flip_of_a_lone_number():
     "It has no dimension, and PyTorch flips it along the first."
     folds(Fn(lambda m,x: m.norm(m.conv(x)).mean().flip(0), conv=conv(), norm=nn.BatchNorm2d(4)), image())
     assert 'lets no map pass' in reason(folds(Fn(lambda m,x: m.norm(x.tanh()).mean((0,2,3))[0].flip(0), norm=nn.BatchNorm2d(3)), image()), 'norm')
+
+def test_branches_are_merged_again_after_undo():
+    "The weights of merged branches are computed: whoever folds again computes them anew, from the weights of now."
+    torch.manual_seed(0)
+    net,x = randomize_norms(timm.create_model('fastvit_t8')).eval(),torch.randn(2, 3, 64, 64)
+    folder = BN_Folder(merge_branches=True, verify=False)
+    folder.fold(net, x, inplace=True)
+    before = folder.result.counts
+    folder.undo()
+    with torch.no_grad(): net.final_conv.conv_kxk[0].conv.weight.mul_(1.5)
+    ref = run(net, x)
+    folder.refold()
+    assert folder.result.counts==before and before['merged'] and not count_norm_calls(net, x)
+    assert distance(run(net, x), ref)<1e-5

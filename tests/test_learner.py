@@ -1,7 +1,6 @@
 "Every kind of fastai learner, trained on small real data, folded, and used on."
 import copy, json, random, re, subprocess, sys, textwrap
 from contextlib import suppress
-from functools import partial
 import matplotlib
 matplotlib.use('agg')
 import fastai, numpy as np, pytest, torch
@@ -12,12 +11,12 @@ from fastai.distributed import DistributedDL
 from fastai.learner import load_learner
 from fastai.torch_core import set_seed
 from fastcore.basics import defaults
+from fastprogress.fastprogress import ProgressBar
 from fasterfold.fold import BN_Folder
 from fasterfold.load import fold_like
 from fasterfold.learner import FoldCallback,FoldedValidation
-from fasterfold.report import report
 from fasterfold.state import FoldError
-from helpers import check_fold
+from helpers import check_fold,timed_for
 from learners import KINDS,classes,plain,train,uses
 
 def norms(learn): return [m for m in learn.model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
@@ -25,7 +24,7 @@ def norms(learn): return [m for m in learn.model.modules() if isinstance(m, torc
 @pytest.fixture
 def quick(monkeypatch):
     "No progress bars, and latency measured for a moment only."
-    monkeypatch.setattr('fasterfold.learner.report', partial(report, seconds=.02))
+    monkeypatch.setattr('fasterfold.learner.report', timed_for(.02))
     monkeypatch.setattr(defaults, 'callbacks', [o for o in defaults.callbacks if o is not ProgressCallback])
 
 @pytest.mark.parametrize('name', KINDS)
@@ -302,3 +301,29 @@ def test_safetensors(tmp_path, quick):
     new = KINDS['plain_learner'](tmp_path)
     fold_like(new.model, tmp_path/'folded.safetensors')
     assert_same(state(new), state(learn))
+
+def test_what_takes_long_can_be_skipped(tmp_path, monkeypatch):
+    "Without validation and timing, `fold` runs nothing twice: no metrics, no latency, weights in the format that they have; the rest of the report is there."
+    learn = train(KINDS['vision'], tmp_path)
+    monkeypatch.setattr('fasterfold.cost.Timer', None)
+    monkeypatch.setattr(learn, 'validate', None)
+    res = learn.fold(validate=False, seconds=0)
+    assert not norms(learn) and not res.metrics and not res.latency and res.plan.format=='' and res.rounding.folded>0
+    assert 'channels_last weights were not tried, as nothing was timed.' in res.plan.notes and 'latency' not in str(res).split('Proved')[0]
+    assert json.loads(res.to_json())['model']=='resnet18'
+    matplotlib.pyplot.close(res.plot())
+    learn.unfold()
+    assert learn.fold(validate=False, seconds=0, channels_last=True).plan.format=='channels_last'
+
+def test_progress_says_what_is_running(tmp_path, monkeypatch, capsys):
+    "Each stage has a bar with its name, in that order; there is none under `no_bar`; and validating names its own."
+    learn = train(KINDS['vision'], tmp_path)
+    seen = []
+    monkeypatch.setattr(ProgressBar, 'update_bar', lambda self, val: seen.append(self.comment))
+    with learn.no_logging(): learn.fold(seconds=.01)
+    labels = list(dict.fromkeys(o for o in seen if o))
+    assert labels==['validating, original','folding','timing, 1 item','timing, batch of 16','validating, folded']
+    other = train(KINDS['plain_learner'], tmp_path)
+    seen.clear()
+    with other.no_bar(): other.fold(seconds=.01)
+    assert not seen

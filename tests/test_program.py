@@ -331,7 +331,7 @@ def test_fold_on_the_command_line(box, tmp_path):
 
 def test_plan_and_bench(box, only_eager):
     res = json.loads(call('plan', box/'model.pt2', '--json').stdout)
-    assert res['norms']==dict(found=3, folded=2, kept=1) and res['sample'].startswith('what it was exported with, (')
+    assert res['norms']==dict(found=3, folded=2, merged=0, kept=1) and res['sample'].startswith('what it was exported with, (')
     for name,sizes in ('model',['1 item','batch of 4']),('fixed',['batch of 2']):
         res = call('bench', box/f'{name}.pt2', '--batch', '4', '--json')
         assert res.exit_code==0 and [*json.loads(res.stdout)['latency']]==sizes, res.output

@@ -4,6 +4,7 @@ from html.parser import HTMLParser
 import matplotlib
 matplotlib.use('agg')
 import matplotlib.pyplot as plt, pytest, torch
+from hypothesis import given, settings, strategies as st
 from matplotlib.colors import to_rgb
 from torch import nn
 from fasterfold.fold import BN_Folder
@@ -135,10 +136,10 @@ def test_headline_says_where_to():
 def test_text_and_page_say_it_all(deep):
     "Threads, device, runs and ratio of each timing; the largest difference next to the original's own rounding error."
     threads = torch.get_num_threads()
-    r,a,b = deep.rounding,deep.latency['1 item']['original'],deep.latency['1 item']['folded']
+    (lo,hi),r,a,b = deep.latency['1 item'].interval('folded'),deep.rounding,deep.latency['1 item']['original'],deep.latency['1 item']['folded']
     for text in (str(deep),Balance(deep._repr_html_()).text):
         for said in (f"medians on cpu, {threads} thread{'s'*(threads!=1)}", 'latency, 1 item', 'latency, batch of 2', 'valid_loss', 'MB',
-            f'{a.runs} → {b.runs} runs', f"{deep.latency['1 item'].ratio('folded'):.2f}×", f'{r.difference:.2g}', f'{r.original:.2g} before', f'{r.folded:.2g} after'):
+            f'{a.runs} → {b.runs} runs', f"between {lo:.2f} and {hi:.2f}×", f'{r.difference:.2g}', f'{r.original:.2g} before', f'{r.folded:.2g} after'):
             assert said in text, said
     assert set(deep.to_df()['direction'])=={'back',''} and deep.to_df()['reason'].str.len().gt(0).sum()==10
 
@@ -163,17 +164,28 @@ def test_a_column_for_each_step(three):
     assert head.split()==['original','folded','change','channels_last','change']
     rows = [' '.join(o.split()) for o in rows]
     assert rows[:3]==['parameters 10 8 -20.00 % 8 -20.00 %', 'size 2.00 MB 1.00 MB -50.00 % 1.00 MB -50.00 %', 'peak memory, 1 item 4.00 MB 2.00 MB -50.00 %']
-    assert rows[3].startswith('latency, 1 item 8.00 ms 6.00 ms 0.75× 4.00 ms 0.50× IQR') and rows[3].endswith('10 → 10 → 10 runs')
+    assert rows[3]=='latency, 1 item 8.00 ms 6.00 ms 0.75× 4.00 ms 0.50× folded between 0.75 and 0.75×, channels_last between 0.50 and 0.50×'
     assert rows[5]=='accuracy 0.5 0.5 same' and 'all three timed in turns' in str(three)
     assert [(f.before,f.folded,f.after) for f in three.figures[3:5]]==[(.008,.006,.004),(.04,.0405,.03)]
     page = Balance(three._repr_html_()).text
     for said in ('channels_last','0.75×','0.50×','10 → 10 → 10 runs'): assert said in page
 
 def test_noise_is_called_noise(three):
-    note = three.figures[4].note
-    assert note.startswith('folded: no difference measured (0.97 to 1.05×); IQR') and note.count('no difference')==1
+    "Where a ratio may as well be 1, none is shown; and those shown are those of the medians beside them."
+    f = three.figures[4]
+    assert (f.by_folding,f.change,f.note)==('none measured','0.75×','folded between 0.97 and 1.05×, channels_last between 0.75 and 0.75×')
     two = FoldReport(FoldPlan(), (1,1), (4,4), {'1 item':timed(original=[1]*5+[3]*5, folded=[2]*10)})
-    assert two.figures[2].note.startswith('no difference measured (0.67 to 2.00×)') and 'both models timed' in str(two)
+    assert (two.figures[2].change,two.figures[2].note)==('none measured','between 0.67 and 2.00×') and 'both models timed' in str(two)
+    fig = two.plot()
+    assert fig.axes[0].get_title()=='latency, 1 item: no difference measured'
+    plt.close(fig)
+
+@given(st.lists(st.tuples(*[st.lists(st.floats(1e-6, 10), min_size=1, max_size=5)]*2), min_size=1, max_size=10))
+@settings(max_examples=200)
+def test_numbers_beside_each_other_agree(turns):
+    a,b = (Latency(k, [o[i] for o in turns], 1, 'cpu') for i,k in enumerate('ab'))
+    lo,hi = b.interval(a)
+    assert lo<=b.ratio(a)==b.median/a.median<=hi and lo<=sorted(b.ratios(a))[len(turns)//2]<=hi
 
 def test_a_format_that_was_not_kept_has_no_column(three):
     res = FoldReport(FoldPlan(three.plan.folded), (10,8), (40,32), three.latency)
@@ -197,7 +209,7 @@ def test_nothing_to_fold():
     res = FoldReport(BN_Folder().plan(model, torch.ones(1,2)), (6,6), (24,24))
     assert 'nothing to fold' in str(res) and 'nothing to fold' in res._repr_html_() and len(res.to_df())==0
     plt.close(res.plot())
-    assert json.loads(res.to_json())['norms']==dict(found=0, folded=0, kept=0)
+    assert json.loads(res.to_json())['norms']==dict(found=0, folded=0, merged=0, kept=0)
 
 class Balance(HTMLParser):
     "Checks that tags open and close in pairs."
@@ -209,7 +221,7 @@ class Balance(HTMLParser):
         assert not self.open
     def handle_starttag(self, tag, attrs):
         self.links += [v for k,v in attrs if k in ('src','href','xlink:href')]
-        if tag!='meta': self.open.append(tag)
+        if tag not in ('meta','br'): self.open.append(tag)
     def handle_startendtag(self, tag, attrs): self.links += [v for k,v in attrs if k in ('src','href','xlink:href')]
     def handle_endtag(self, tag): assert self.open.pop()==tag
     def handle_data(self, data): self.text += data
@@ -237,7 +249,7 @@ def test_saving_is_all_or_nothing(deep, tmp_path, monkeypatch):
 
 def test_json_has_every_number(deep):
     res = json.loads(deep.to_json())
-    assert res['norms']==dict(found=500, folded=490, kept=10) and len(res['layers'])==500
+    assert res['norms']==dict(found=500, folded=490, merged=0, kept=10) and len(res['layers'])==500
     one = res['latency']['1 item']
     assert one['original']['ratio']==1 and one['folded']['runs']==len(one['folded']['times'])>0
     assert one['folded']['threads']==torch.get_num_threads() and one['folded']['device']=='cpu'
@@ -267,3 +279,37 @@ def test_picture_is_legible_and_nothing_is_clipped(name, style, request):
         for bar in fig.findobj(plt.Rectangle):
             if bar.get_label()=='_nolegend_' and bar.get_height()==.32: assert contrast(bar.get_facecolor(), back)>3
         plt.close(fig)
+
+def test_norms_of_merged_branches_are_counted():
+    timm = pytest.importorskip('timm')
+    model,x = trained(timm.create_model('fastvit_t8')),torch.randn(2,3,64,64)
+    folder = BN_Folder(merge_branches=True)
+    n = folder.plan(model, x).counts['found'] # scales of layers are norms, too
+    assert n>=len(norms(model))
+    folded = folder.fold(model, x)
+    res,merged = report(model, folded, folder.result, {}),[k for ns in folder.result.merged.values() for k in ns]
+    assert set(merged)<={k for k,_ in model.named_modules()} and not {k for k,m in folded.named_modules() if m in norms(folded)}
+    assert folder.result.counts==dict(found=n, folded=n-len(merged), merged=len(merged), kept=0) and merged
+    assert res.headline.startswith(f'Folded {n} of {n} normalization layers (') and f'{len(merged)} with branches that were merged' in res.headline
+    assert f'The branches of {len(folder.result.merged)} blocks were merged' in str(res) and 'merged' in str(folder.result)
+    assert sum(int(r[1]) for r in folded_rows(res.plan)[1:])==n and (res.to_df()['result']=='merged').sum()==len(merged)
+    plt.close(res.plot())
+
+def test_branches_that_must_not_be_merged_are_said_so(monkeypatch):
+    timm = pytest.importorskip('timm')
+    model,x = trained(timm.create_model('repvgg_a0')),torch.randn(2,3,64,64)
+    import fasterfold.fold as room
+    real = room.merge_blocks
+    def wrong(m):
+        real(m)
+        with torch.no_grad(): m.stem.reparam_conv.bias.add_(1)
+    monkeypatch.setattr(room, 'merge_blocks', wrong)
+    folder = BN_Folder(merge_branches=True)
+    folder.fold(model, x)
+    assert not folder.result.merged and 'Branches are not merged: the model would compute something else.' in folder.result.notes
+
+def test_files_are_known_by_their_endings(deep, tmp_path):
+    assert json.loads(deep.save(tmp_path/'a.json').read_text())==json.loads(deep.to_json())==deep.to_dict()
+    assert deep.save(tmp_path/'a.png').read_bytes().startswith(b'\x89PNG')
+    with pytest.raises(ValueError, match='a.txt'): deep.save(tmp_path/'a.txt')
+    assert sorted(o.name for o in tmp_path.iterdir())==['a.json','a.png'] and not plt.get_fignums()

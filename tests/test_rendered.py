@@ -1,0 +1,79 @@
+"Reports and plans as notebooks show them: in the styles of JupyterLab, light and dark, and of the classic notebook, on a wide screen and on a phone."
+import pytest
+from fasterfold.find import Kept
+from fasterfold.plan import FoldPlan, Folded
+import browser
+from test_docs import _look
+from test_report import deep, three # chkstyle: ignore
+
+nbconvert = pytest.importorskip('nbconvert', reason='notebooks are made into pages with nbconvert, which is no requirement of the tests')
+nbf = pytest.importorskip('nbformat').v4
+pytestmark = [pytest.mark.xdist_group('site'), pytest.mark.skipif(browser.binary() is None, reason='there is no Chromium here: apt-get install chromium')]
+
+@pytest.fixture(scope='module')
+def page():
+    with browser.chromium() as p: yield p
+
+def many():
+    "A plan with 60 norms that stay for one reason, and one that stays for another."
+    kept = [Kept(f'blocks.{i}.norm', f'`blocks.{i}.act` (Sigmoid) does not let a scale pass') for i in range(60)]+[Kept('last', 'it did not run on the sample')]
+    return FoldPlan([Folded(f'stem.{i}', [f'stem.{i}.conv'], 'back') for i in range(3)], kept, notes=['`stem` returns other values than before.'])
+
+def notebook(*shown):
+    def cell(o): return nbf.new_code_cell('o', outputs=[nbf.new_output('execute_result', data={'text/html':o._repr_html_()}, execution_count=1)])
+    return nbf.new_notebook(cells=[cell(o) for o in shown])
+
+# All that is in our outputs: borders of cells, text that touches or is cut off, and whether the columns that say most are seen
+_ours = '''(() => {
+  const px = v => parseFloat(v), seen = el => { const r = el.getBoundingClientRect(); return r.width>0 && r.left>=0 && r.right<=innerWidth+1 }
+  const cells = [...document.querySelectorAll('.fasterfold :is(td,th)')].filter(o => o.checkVisibility())
+  const style = cells.map(o => getComputedStyle(o)), tables = [...document.querySelectorAll('.fasterfold :is(table,tr)')].map(o => getComputedStyle(o))
+  return {
+    cells: cells.length,
+    lines: style.filter(s => px(s.borderTopWidth)+px(s.borderLeftWidth)+px(s.borderRightWidth)>0 || px(s.borderBottomWidth)>1).length,
+    striped: tables.filter(s => s.backgroundColor!='rgba(0, 0, 0, 0)').length,
+    ticks: [...document.querySelectorAll('.fasterfold')].some(o => o.innerText.includes('`')),
+    hidden: [...document.querySelectorAll('.fasterfold td[data-label=change]')].filter(o => o.innerText && !seen(o)).length,
+    changes: document.querySelectorAll('.fasterfold td[data-label=change]').length,
+    touching: cells.filter((o, i) => cells[i+1] && o.nextElementSibling==cells[i+1] && o.innerText && cells[i+1].innerText && !o.querySelector("details")
+      && (a => (b => b.left<a.right+4 && b.top<a.bottom && a.top<b.bottom)((r => (r.selectNodeContents(cells[i+1]), r.getBoundingClientRect()))(document.createRange())))
+      ((r => (r.selectNodeContents(o), r.getBoundingClientRect()))(document.createRange()))).map(o => o.innerText),
+  }
+})()'''
+
+@pytest.mark.parametrize('template,theme', [('lab','light'),('lab','dark'),('classic','light')])
+@pytest.mark.parametrize('width', [1280,414])
+def test_outputs_of_a_notebook(page, deep, three, tmp_path, template, theme, width):
+    export = nbconvert.HTMLExporter(template_name=template, **(dict(theme=theme) if template=='lab' else {}))
+    html,_ = export.from_notebook_node(notebook(deep, three, three.plan, many()))
+    path = tmp_path/'notebook.html'
+    path.write_text(html, encoding='utf-8')
+    page.size(width, 900)
+    page.theme(theme)
+    page.open(f'file://{path}')
+    page.ask("document.querySelectorAll('.jp-InputArea, .jp-OutputPrompt, .prompt, .input, .anchor-link').forEach(o => o.remove())") # theirs
+    ours = page.ask(_ours)
+    assert ours['cells']>100 and ours['changes']>10
+    assert {k:ours[k] for k in ('lines','striped','ticks','hidden','touching')}==dict(lines=0, striped=0, ticks=False, hidden=0, touching=[])
+    seen = page.ask(_look)
+    assert seen['wide']<=1 and not seen['bad']
+
+def test_equal_reasons_are_one_line_that_opens(page, tmp_path):
+    path = tmp_path/'plan.html'
+    path.write_text(f'<!doctype html>{many()._repr_html_()}', encoding='utf-8')
+    page.size(1280, 900)
+    page.open(f'file://{path}')
+    assert page.ask("document.querySelectorAll('tbody tr').length")==3+2 and '60 norms' in page.ask('document.body.innerText')
+    assert 'blocks.59.norm' not in page.ask('document.body.innerText')
+    page.ask("document.querySelector('summary').click()")
+    assert 'blocks.59.norm' in page.ask('document.body.innerText')
+
+@pytest.mark.parametrize('theme', ['light','dark'])
+@pytest.mark.parametrize('width', [1280,414])
+def test_a_saved_report(page, three, tmp_path, theme, width):
+    page.size(width, 900)
+    page.theme(theme)
+    page.open(f"file://{three.save(tmp_path/'report.html')}")
+    seen = page.ask(_look)
+    assert seen['wide']<=1 and not seen['bad'] and not page.errors
+    assert page.ask("document.querySelector('svg').getBoundingClientRect().width")<=width
