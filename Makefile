@@ -6,7 +6,7 @@ PEERS := .venv/.ready-peers
 STYLED := $(wildcard fasterfold nbs tests benchmarks docs)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-nbs test-py test-oldest test-newest docs zoo bench export readme style dist clean
+.PHONY: help setup demo test test-nbs test-py test-oldest test-newest docs zoo bench results export readme style dist clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 13
@@ -61,6 +61,13 @@ bench: $(PEERS) ## Measure folding, latency and folded validation, side by side 
 	$(BIN)/python benchmarks/planning.py
 	$(BIN)/python benchmarks/latency.py $(ARGS)
 	$(BIN)/python benchmarks/validation.py $(ARGS)
+
+results: $(PEERS) ## Measure all figures anew, on a machine that does nothing else (a day), and write them as CSV, too
+	$(BIN)/python benchmarks/zoo.py --redo
+	$(MAKE) bench
+	$(BIN)/python benchmarks/certify.py --minutes 600
+	$(BIN)/python docs/results.py
+	$(MAKE) readme
 
 export: $(READY) ## Write fasterfold/*.py from the notebooks, and clean these
 	$(BIN)/nbdev-export

@@ -1,5 +1,5 @@
 "What the benchmarks share: hostile weights, timing in turns, and the files they write"
-import json, math, os, platform
+import json, math, os, platform, re
 from importlib.metadata import distributions, version
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.benchmark.utils.timer import timer as wall
 
 __all__ = ['results', 'hostile', 'chain', 'timer', 'in_turns', 'stats', 'ratio', 'environment', 'described', 'load', 'save', 'table', 'ms', 'times', 'slope',
-    'grouped', 'by_variant', 'helped', 'typical']
+    'grouped', 'by_variant', 'helped', 'typical', 'generic']
 
 results = Path(__file__).parents[1]/'docs'/'results'
 
@@ -217,6 +217,12 @@ def grouped(
 def by_variant(rows, *keys):
     "As `grouped`, each group a dict of its rows by what was timed"
     return {k: {r['variant']: r for r in rs} for k,rs in grouped(rows, *keys).items()}
+
+def generic(
+    reason:str # For which a norm stays
+) -> str:
+    "`reason` without the names and numbers of one model"
+    return re.sub(r'\d+', 'n', re.sub(r'[`\'"][^`\'"]*[`\'"]', '…', reason))
 
 def typical(
     rows:list # Of folding: dicts with `input`, whose first number is the batch, and `ratio`

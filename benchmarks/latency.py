@@ -249,6 +249,15 @@ def growth(
         return dict(depth=o[0], width=o[1], parameters=count_parameters(built[o]), original=stats(a), folded=stats(b), ratio=ratio(times(b), times(a)))
     return [_row(o) for o in chains]
 
+def counts(
+    model:nn.Module,
+    sample:tuple # Its arguments
+) -> dict: # How many norms fold and stay, and parameters before and after
+    "What folding takes away"
+    folder = BN_Folder()
+    new = folder.fold(model, sample)
+    return dict(folded=len(folder.result.folded), kept=len(folder.result.kept), parameters=[count_parameters(model),count_parameters(new)])
+
 # ---- The page
 
 def _cell(r): return '–' if r is None else 'fails' if 'why' in r else f"{r['ratio'][1]:.2f}" if 'ratio' in r else '–'
@@ -317,10 +326,11 @@ def main(
     if missing := [k for k in kinds if any(find_spec(d) is None for d in dists.get(k, []))]:
         raise SystemExit(f"{', '.join(missing)} cannot be imported: pip install -e '.[dev,bench]', or choose other --engines")
     env = environment(['torch','torchvision','fastai',*(peers[o][0] for o in any_shape),*(o for d in dists.values() for o in d)], device)
-    res = dict(environment=env, latency=[], depth=[], width=[]) | load(out, env)
+    res = dict(environment=env, models={}, latency=[], depth=[], width=[]) | load(out, env)
     with torch.no_grad(), tqdm(total=sum(map(len, names.values()))*len(dtypes)*len(sizes)+2) as bar:
         for name,kinds in names.items():
             model,sample = build(name),all_models[name][1]
+            res['models'][name] = counts(model, sample(2))
             found = variants(model, sample(2), tools)
             for dtype in dtypes:
                 def _cast(o): return tuple(x.to(device, dtype if x.is_floating_point() else None) for x in o)

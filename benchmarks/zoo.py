@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-from common import hostile, results, table
+from common import generic, hostile, results, table
 from peers import Peer, load_peers, peers
 
 root = Path(__file__).parents[1]
@@ -329,8 +329,8 @@ def _fmt(o, spec): return '–' if o is None else format(o, spec)
 def summarise(
     models:list # As in zoo.json
 ) -> list:
-    "One row for each zoo and tool, and for all zoos together. What a wrong or crashed fold removes does not count as removed"
-    res = []
+    "One row for each zoo and tool, and for all zoos together, of the models that have norms. What a wrong or crashed fold removes does not count as removed"
+    res,models = [],[o for o in models if o['norms']]
     zoos = list(dict.fromkeys(o['collection'] for o in models))
     for zoo in [*zoos, 'all']:
         ms = [o for o in models if zoo in (o['collection'],'all')]
@@ -342,12 +342,8 @@ def summarise(
             n = Counter(r['outcome'] for _,r in rs)
             ratios = [r['error']/o['own'] for o,r in right if r['norms']<o['norms'] and r['error'] is not None and o['own']]
             res.append(dict(zoo=zoo, tool=tool, models=len(rs), norms=norms, removed=removed, crashes=n['crash'], wrong=n['wrong'],
-                over=n['over'], seconds=_median([r['seconds'] for o,r in right if o['norms']]), error_ratio=_median(ratios)))
+                over=n['over'], seconds=_median([r['seconds'] for _,r in right]), error_ratio=_median(ratios)))
     return res
-
-def _generic(reason):
-    "`reason` without the names and numbers of one model"
-    return re.sub(r'\d+', 'n', re.sub(r'[`\'"][^`\'"]*[`\'"]', '…', reason))
 
 def merge():
     "Write docs/results/zoo.json and zoo.md from the log"
@@ -369,7 +365,7 @@ def merge():
     alike = [m for m in models if len(m['tools'])==len(tried)]
     kept = defaultdict(list)
     for m in models:
-        for norm,reason,calls in m['tools'].get('fasterfold', {}).get('kept', []): kept[_generic(reason)].append((calls, m['name']))
+        for norm,reason,calls in m['tools'].get('fasterfold', {}).get('kept', []): kept[generic(reason)].append((calls, m['name']))
     reasons = [dict(reason=k, calls=sum(c for c,_ in v), norms=len(v), models=list(dict.fromkeys(n for _,n in v))) for k,v in kept.items()]
     reasons.sort(key=lambda o: -o['calls'])
     def _left(m, tool):

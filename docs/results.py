@@ -1,11 +1,18 @@
-"The page of results, drawn from what the benchmarks wrote to docs/results: `zoo.json`, `latency-*.json`, `fold.json`, `planning.json`, `certify.json` and `validation.json`"
+"""The page of results, drawn from what the benchmarks wrote to docs/results: `zoo.json`, `latency-*.json`, `fold.json`, `planning.json`, `certify.json` and `validation.json`.
+
+Run as a script, it writes the same numbers as CSV beside them."""
 import html, json, statistics, sys
 from pathlib import Path
+import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'benchmarks'))
-from common import by_variant, described, grouped, helped, typical
+from common import by_variant, described, generic, grouped, helped, typical
 
 names = {'fasterai':'fasterai', 'torch.fx':'torch.fx', 'aimet':'AIMET', 'torchao':'torchao', 'mct':'MCT', 'fasterfold':'fasterfold'}
+returns = {'fasterai':'a copy of the model', 'torch.fx':'a traced graph', 'aimet':'the model, in place', 'torchao':'an exported graph, for the sizes of the sample',
+    'mct':'a rebuilt graph, in float32', 'fasterfold':'the model, in place or a copy, with a way back'}
+colors = {'fasterai':'#b0780f', 'torch.fx':'#9468d6', 'aimet':'#1f9494', 'torchao':'#d1524a', 'mct':'#7f8d1f', 'fasterfold':'#3987e5',
+    'original':'#8a8984', 'no norms':'#8a8984', 'fasterfold channels_last':'#cf6a1c'}
 zoos = 'timm','torchvision','fastai'
 
 def load(path:Path): return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
@@ -40,33 +47,62 @@ def side_by_side(zoo:dict, tools:tuple, ms:list)->str:
     rows.append(['models it crashed on', *(count(ms, t, 'crash') for t in tools)])
     rows.append(['models it returned wrong', *(count(ms, t, 'wrong') for t in tools)])
     if any(count(ms, t, 'over') for t in tools): rows.append(['models too slow or too big for it', *(count(ms, t, 'over') for t in tools)])
+    rows.append(['median time to fold', *(seconds(statistics.median(m['tools'][t]['seconds'] for m in ms if m['tools'][t]['outcome']=='right')) for t in tools)])
+    rows.append(['what it gives back', *(returns[t] for t in tools)])
     rows = [[*r[:-1], f'**{r[-1]}**'] for r in rows]
     head = ['', *(f"{names[t]} {zoo['releases'].get(t, '')}".strip() for t in tools)]
     return table(head, rows, {*range(1, len(head))})
 
+def counted(zoo:dict)->str:
+    "How many models there are, and how many of them count."
+    n,normed = len(zoo['models']),sum(bool(m.get('norms')) for m in zoo['models'])
+    return (f"{n} models were folded: all of torchvision's, fastai's own, and of timm the smallest of each family. The {normed} of them that run batch norms are what counts here. "
+        "A tool that crashes, or returns a model that computes something else, has removed none. Times are CPU time of one core; ours includes a proof, which the others leave to you.")
+
 def comparison(zoo:dict|None)->str:
-    "The tables of all tools."
+    "The tables of all tools, all of them together first."
     parts = sides(zoo) if zoo else []
     if not parts: return 'No tools have been compared yet: `make zoo` does it.'
-    res = [side_by_side(zoo, *parts[0])]
-    for ts,ms in parts[1:]:
-        more = ' and '.join(names[t] for t in ts if t not in parts[0][0])
-        res += [f"{more} on {len(ms)} of these models, none of more than {max(m['params'] for m in ms)/1e6:.0f} million parameters:", side_by_side(zoo, ts, ms)]
+    res = [counted(zoo)]
+    for ts,ms in parts[::-1]:
+        most = '' if len(parts)<2 or ts!=parts[-1][0] else f', none of more than {max(m["params"] for m in ms)/1e6:.0f} million parameters'
+        res += [f"On {len(ms)} models{most}:", side_by_side(zoo, ts, ms)]
     return '\n\n'.join(res)
 
-def bars(groups:list, show, label:str, top:float=None)->str:
-    "Horizontal bars as SVG in the colours of the page: `groups` are pairs (heading, [(name, value, is it ours?)])."
-    top = top or max((v for _,rows in groups for _,v,_ in rows), default=1)
-    y,res,width,left = 0,[],440,150
-    for head,rows in groups:
-        y += 26
-        res.append(f'<text x="0" y="{y-8}" font-weight="600">{html.escape(head)}</text>')
-        for name,v,ours in rows:
-            w = max(1, (width-left-70)*v/top)
-            res.append(f'<text x="{left-8}" y="{y+13}" text-anchor="end">{html.escape(name)}</text><rect x="{left}" y="{y+2}" width="{w:.1f}" height="14" rx="2" '
-                f'fill="{"#3987e5" if ours else "currentColor"}" fill-opacity="{.9 if ours else .35}"/><text x="{left+w+6:.1f}" y="{y+13}">{html.escape(show(v))}</text>')
-            y += 20
-    return (f'<svg class="bars" viewBox="0 0 {width} {y+6}" role="img" aria-label="{html.escape(label)}" font-family="system-ui,sans-serif" font-size="12" '
+def curves(
+    series:dict, # Tool to the share of norms that it removed from each model
+    label:str, # What the picture shows, for those who do not see it
+)->str:
+    "A dot for each model and tool as SVG, each tool's models in the order of their shares."
+    w,h,left,base = 560,250,44,212
+    n = max(map(len, series.values()))
+    def at(i, v): return left+(w-left-10)*(i+.5)/n, base-(base-14)*v
+    res = [f'<text x="{left-6}" y="{at(0, v)[1]+4:.0f}" text-anchor="end">{v:.0%}</text><path d="M{left},{at(0, v)[1]:.1f} H{w-10}" stroke="currentColor" stroke-opacity=".2"/>' for v in (0,.5,1)]
+    for t,vs in series.items():
+        r = 2.6 if t=='fasterfold' else 1.8
+        res += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r}" fill="{colors[t]}"/>' for i,v in enumerate(sorted(vs)) for x,y in [at(i, v)]]
+    step = (w-left)/len(series)
+    res += [f'<circle cx="{left+6+i*step:.0f}" cy="{base+26}" r="4" fill="{colors[t]}"/><text x="{left+14+i*step:.0f}" y="{base+30}">{names[t]}</text>' for i,t in enumerate(series)]
+    return (f'<svg class="bars" style="max-width:{w}px" viewBox="0 0 {w} {h}" role="img" aria-label="{html.escape(label)}" font-family="system-ui,sans-serif" font-size="12" '
+        f'fill="currentColor">{"".join(res)}</svg>')
+
+def dots(
+    rows:list, # Pairs (name, value by what it is)
+    label:str, # What the picture shows, for those who do not see it
+)->str:
+    "A row for each name, and on it a dot for each value, which 1 is a line for, as SVG in the colours of the page."
+    kinds = list(dict.fromkeys(k for _,vs in rows for k in vs))
+    w,left,top = 560,210,24*((len(kinds)+2)//3)+8
+    high = max(1.1, *(v for _,vs in rows for v in vs.values()))
+    def x(v): return left+(w-left-14)*v/high
+    h = top+20*len(rows)+24
+    res = [f'<path d="M{x(v):.1f},{top} V{h-22}" stroke="currentColor" stroke-opacity="{.6 if v==1 else .2}"/><text x="{x(v):.1f}" y="{h-6}" text-anchor="middle">{v:g}×</text>' for v in (0,.5,1)]
+    res += [f'<circle cx="{8+i%3*(w/3):.0f}" cy="{14+24*(i//3)}" r="4" fill="{colors[k]}"/><text x="{18+i%3*(w/3):.0f}" y="{18+24*(i//3)}">{names.get(k, k)}</text>' for i,k in enumerate(kinds)]
+    for i,(name,vs) in enumerate(rows):
+        y = top+20*i+12
+        res.append(f'<text x="{left-10}" y="{y+4}" text-anchor="end">{html.escape(name)}</text>')
+        res += [f'<circle cx="{x(v):.1f}" cy="{y}" r="4" fill="{colors[k]}" fill-opacity=".85"/>' for k,v in vs.items()]
+    return (f'<svg class="bars" style="max-width:{w}px" viewBox="0 0 {w} {h}" role="img" aria-label="{html.escape(label)}" font-family="system-ui,sans-serif" font-size="12" '
         f'fill="currentColor">{"".join(res)}</svg>')
 
 def details(summary:str, head:list, rows:list, right:set=frozenset())->str:
@@ -75,23 +111,32 @@ def details(summary:str, head:list, rows:list, right:set=frozenset())->str:
     return (f'<details class="long"><summary>{html.escape(summary)}</summary><div class="scroll"><table><thead>{tr(head, "th")}</thead>'
         f'<tbody>{"".join(tr(r, "td") for r in rows)}</tbody></table></div></details>')
 
+def again(script:str, *more:str)->str: return f"Measured with `{' '.join(['python benchmarks/'+script, *more])}`."
+
+def kept(models:list, limit:int=12)->list:
+    "Rows on the commonest reasons for which norms stay: how many calls, one of them, and where, in three models if there are so many."
+    groups = {}
+    for m in models:
+        for norm,reason,calls in m['tools']['fasterfold'].get('kept', []): groups.setdefault(generic(reason), []).append((calls,reason,m['name'],norm))
+    rows = sorted(groups.values(), key=lambda o: -sum(c for c,*_ in o))[:limit]
+    where = lambda o: list({name:f'{name}: `{norm}`' for _,_,name,norm in reversed(o)}.values())[::-1]
+    return [[sum(c for c,*_ in o), o[0][1], ', '.join((where(o)+[f'`{n}`' for *_,n in o[1:]]*(len(where(o))<3))[:3])] for o in rows]
+
 def _says(m, tool):
     t = m['tools'].get(tool)
     return '' if t is None else str(t['norms']) if t['outcome']=='right' else t['outcome']
 
 def zoo_part(zoo:dict|None)->str:
     if not zoo or not sides(zoo): return comparison(None)
-    (tools,ms),tried = sides(zoo)[0],sides(zoo)[-1][0]
-    groups = [(z, [(names[t], share(some, t), t=='fasterfold') for t in tools]) for z in zoos if (some := [m for m in ms if m['collection'].split()[0]==z])]
-    parts = [f"All tools folded the same {len(ms)} models, with the same weights. Those are random, those of the norms included, so that a norm lost or counted twice shows. "
-        "What is counted is norm *calls* in one forward pass; a tool that crashes, or returns a model that computes something else, has removed none. "
-        "What exactly was measured, and how to measure it again, is said in `benchmarks/README.md`.",
-        comparison(zoo), '### Norms removed', bars(groups, lambda v: f'{v:.0%}', 'Share of norms removed by each tool', 1)]
-    ours = [m for m in zoo['models'] if 'fasterfold' in m.get('tools', {})]
-    if zoo.get('reasons'):
-        rows = [[o['calls'], o['reason'], ', '.join(o['models'][:3])+(f" and {len(o['models'])-3} more" if len(o['models'])>3 else '')] for o in zoo['reasons'][:12]]
-        parts += ['### Why norms stay', 'The commonest reasons for which fasterfold kept a norm, with names of layers left out. [Limits](limits.ipynb) explains them.',
-            table(['norm calls','reason','in'], rows, {0})]
+    tried,ours = sides(zoo)[-1][0],[m for m in zoo['models'] if 'fasterfold' in m.get('tools', {})]
+    parts = ["All tools folded the same models, with the same weights. Those are random, those of the norms included, so that a norm lost or counted twice shows. "
+        "What is counted is norm *calls* in one forward pass. What exactly was measured is said in `benchmarks/README.md`.",
+        comparison(zoo), again('zoo.py'), '### Norms removed, model by model']
+    for ts,ms in sides(zoo)[::-1]:
+        parts += [f"{len(ms)} models, from left to right by the share of their norms that a tool removed:",
+            curves({t:[removed(m, t)/m['norms'] for m in ms] for t in ts}, 'Share of the norms of each model that each tool removed')]
+    if any(m['tools']['fasterfold'].get('kept') for m in ours):
+        parts += ['### Why norms stay', 'The commonest reasons for which fasterfold kept a norm, in the words of one of them. [Limits](limits.ipynb) explains them.', table(['norm calls','for example','layers'], kept(ours), {0})]
     rows = [[f"{m['collection']}/{m['name']}", m['norms'], *(_says(m, t) for t in tried)] for m in ours if m.get('norms')]
     parts += ['### Every model', details(f'Norm calls before and after, for {len(rows)} models', ['model','before',*(names[t] for t in tried)], rows, {*range(1, len(tried)+2)})]
     faults = [o for o in zoo.get('failed', [])]
@@ -127,7 +172,7 @@ def lines(
 def latency_part(path:Path)->str:
     "Tables and bars of one device: each engine and type, then growth."
     d = load(path)
-    parts = [f"### {'GPU' if 'cuda' in d['environment'] else 'CPU'}", described(d['environment'])+'.']
+    parts = [f"### {'GPU' if 'cuda' in d['environment'] else 'CPU'}", described(d['environment'])+'.', again('latency.py')]
     for (engine,dtype),rows in grouped(d['latency'], 'engine', 'dtype').items():
         cols = list(dict.fromkeys(r['variant'] for r in rows))
         groups = by_variant(rows, 'model', 'batch')
@@ -135,8 +180,8 @@ def latency_part(path:Path)->str:
         out = [[m, n, seconds(g[cols[0]].get('median')), *(ratio(g.get(c)) for c in cols[1:])] for (m,n),g in groups.items()]
         parts += [f'#### {engine}, {dtype}', table(['model','batch',*cols], out, set(range(1, len(cols)+2)))]
         if set(cols)=={'original','fasterfold'}: parts += filter(None, [helped(groups)])
-        shown = [(f'{m}, batch {n}', [(c, g[c]['ratio'][1], 'fasterfold' in c) for c in cols if 'ratio' in g.get(c, {})]) for (m,n),g in groups.items()]
-        if shown: parts.append(f'<details class="long"{" open" if engine=="eager" else ""}><summary>As bars</summary>{bars(shown, lambda v: f"{v:.2f}×", f"Time by that of the original, {engine}, {dtype}")}</details>')
+        shown = [(f'{m}, batch {n}', {c:g[c]['ratio'][1] for c in cols[1:] if 'ratio' in g.get(c, {})}) for (m,n),g in groups.items()]
+        if shown and engine=='eager': parts.append(dots(shown, f'Time by that of the original, {engine}, {dtype}'))
     pics = [lines({k:[(r[x], r[k]['median']) for r in d[x]] for k in ('original','folded')}, f'{what} of a plain chain', f'Latency against {x}')
         for x,what in (('depth','layers'),('width','channels')) if len(d.get(x, []))>1]
     return '\n\n'.join(parts+(['#### Growth', '<div class="pics">'+''.join(pics)+'</div>'] if pics else []))
@@ -144,7 +189,7 @@ def latency_part(path:Path)->str:
 def fold_part(d:dict|None)->str:
     "What folding itself costs."
     if not d: return 'Not measured yet: `python benchmarks/fold.py` does it.'
-    parts = [described(d['environment'])+'.']
+    parts = [described(d['environment'])+'. '+again('fold.py')]
     if rows := d.get('speed'):
         cols = list(dict.fromkeys(k for r in rows for k in r['seconds']))
         out = [[r['model'], r['input'][0], r['norms'], *(seconds(r['seconds'].get(c, {}).get('median')) for c in cols), f"{r['ratio'][1]:.2f}" if r['ratio'] else ''] for r in rows]
@@ -164,7 +209,7 @@ def planning_part(d:dict|None)->str:
     kinds = {k:rows for (k,),rows in grouped(d['planning'], 'kind').items()}
     pics = [lines({k:[(r['levels'], r['median']) for r in rows]}, 'levels', f'CPU time to plan against levels: {k}') for k,rows in kinds.items()]
     failed = {f'fail: {w}':[(r['norms'], r['proofs']) for r in rows] for (w,),rows in grouped(d['proofs'], 'which').items()}
-    return '\n\n'.join([described(d['environment'])+'.', 'CPU time to plan models of many levels, in which what one level makes is added to, joined with, or multiplied by what it got, or runs through two paths that meet again.',
+    return '\n\n'.join([described(d['environment'])+'. '+again('planning.py'), 'CPU time to plan models of many levels, in which what one level makes is added to, joined with, or multiplied by what it got, or runs through two paths that meet again.',
         '<div class="pics">'+''.join(pics)+'</div>', 'Comparisons with the original until all is folded that can be, in models of which one norm, half of them, or all cannot.',
         '<div class="pics">'+lines(failed, 'norms', 'Proofs against norms', '{:,}'.format)+'</div>'])
 
@@ -172,7 +217,7 @@ def validation_part(d:dict|None)->str:
     "What validating the folded model after each epoch saves."
     if not d: return 'Not measured yet: `python benchmarks/validation.py` does it.'
     rows = [[r['batches'], *(seconds(r['seconds'][k]['median']) for k in ('without','with')), f"{r['ratio'][1]:.2f}×", seconds(r['again']['median'])] for r in d['validation']]
-    return '\n\n'.join([described(d['environment'])+'.', table(['batches of 64 images','without','with `FoldedValidation`','ratio','of it to fold again'], rows, {0,1,2,3,4})])
+    return '\n\n'.join([described(d['environment'])+'. '+again('validation.py'), table(['batches of 64 images','without','with `FoldedValidation`','ratio','of it to fold again'], rows, {0,1,2,3,4})])
 
 def certify_part(d:dict|None)->str:
     "How many models have a certificate, and what that costs."
@@ -185,7 +230,42 @@ def certify_part(d:dict|None)->str:
         f"proved to compute the same for every input of all those sizes. {sum(r['verdict']=='not the same' for r in rows)} are said to be not the same. Exporting both models took {seconds(statistics.median(r['export'] for r in rows))}, "
         f"comparing them {seconds(statistics.median(r['proof'] for r in rows))}, at the median.")
     out = [[r['model'], r['norms'], ', '.join(r['free']), r['verdict'], f"{r['export']:.1f}", f"{r['proof']:.2f}", r['why'] if r['verdict']!='proved' else ''] for r in rows]
-    return '\n\n'.join([described(d['environment'])+'.', said, details(f'{len(rows)} models', ['model','norms folded','free','verdict','s to export both','s to compare','why'], out, {1,4,5})])
+    return '\n\n'.join([described(d['environment'])+'. '+again('certify.py'), said, details(f'{len(rows)} models', ['model','norms folded','free','verdict','s to export both','s to compare','why'], out, {1,4,5})])
+
+def dozen(d:dict|None)->str:
+    "What folding is worth for models that people use, on the CPU: the first table of the README."
+    if not d or 'models' not in d: return 'Not measured yet: `python benchmarks/latency.py` does it.'
+    engines = [k for k in ('torch.compile','onnxruntime','OpenVINO') if any(r['engine']==k for r in d['latency'])]
+    found = {(r['model'],r['engine'],r['variant']):r for r in d['latency'] if r['batch']==1 and r['dtype']=='float32' and 'ratio' in r}
+    def cell(m, engine, variant):
+        if (r := found.get((m,engine,variant))) is None: return '–'
+        lo,mid,hi = r['ratio']
+        return f'{mid:.2f}×' if hi<1 or lo>1 else 'same'
+    rows = []
+    for m,o in d['models'].items():
+        a,b = o['parameters']
+        rows.append([m, f"{o['folded']} of {o['folded']+o['kept']}", f'{a/1e6:.2f} M', f'{100*(b-a)/a:+.2f} %', *(cell(m, 'eager', v) for v in ('fasterfold','fasterfold channels_last')), *(cell(m, e, 'fasterfold') for e in engines)])
+    head = ['','norms folded','parameters','change','folded','and `channels_last`',*(dict(onnxruntime='ONNX Runtime').get(e, e) for e in engines)]
+    said = f"Time of one call with one item, by that of the original in the same engine; less than 1 is faster, *same* is no difference measured, – was not measured. {described(d['environment'])}."
+    return f"{table(head, rows, set(range(1, len(head))))}\n\n{said}"
+
+proofs = """| | for which inputs | by what |
+| --- | --- | --- |
+| every fold | the sample, and inputs of another batch, size, type and value as far as the model takes them; the report lists them | both models run, and the distance is judged against the original's own rounding |
+| `certify`, on request | all of the sizes that the export leaves free, and all values | arithmetic on the weights of both programs, operation by operation; it knows nothing of how they were folded |
+| the zoo above | one sample for each model | the same fold in float64, where a right one is off by about 1e-14 |
+| where it gets faster | one machine, one release of each engine | measured; it may be otherwise on yours: `fasterfold bench` |"""
+
+def to_csv(
+    folder:Path, # With the JSON of the benchmarks; one CSV is written beside each
+):
+    "The numbers as tables, a row for each measurement."
+    parts = dict(fold='speed', planning='planning', certify='certificates', validation='validation')
+    for f in sorted(folder.glob('*.json')):
+        d = load(f)
+        rows = d['latency'] if f.stem.startswith('latency') else d['models'] if f.stem=='zoo' else d[parts[f.stem]]
+        if f.stem=='zoo': rows = [{k:v for k,v in m.items() if k!='tools'}|dict(tool=t)|{k:v for k,v in r.items() if k!='kept'} for m in rows for t,r in m['tools'].items()]
+        pd.json_normalize(rows).to_csv(f.with_suffix('.csv'), index=False)
 
 def page(
     folder:Path, # Where the benchmarks write
@@ -194,8 +274,10 @@ def page(
     timed = '\n\n'.join(map(latency_part, sorted(folder.glob('latency-*.json'))))
     says = 'Times are medians, measured in turns; the column of the original is the time of one call, the others are its multiples: less than 1 is faster. "no norms" is the same network built without any.'
     parts = ['# Results', '> What folding is worth, measured on public models, side by side with other tools.', '## How many norms go', zoo_part(load(folder/'zoo.json')),
-        '## How much faster', *([says,timed] if timed else ['No latency has been measured yet: `make bench` does it.']), '## What folding costs', fold_part(load(folder/'fold.json')),
+        '## What is proved, and what is tested', proofs, '## How much faster', '### Models that people use', dozen(load(folder/'latency-cpu.json')), *([says,timed] if timed else ['No latency has been measured yet: `make bench` does it.']), '## What folding costs', fold_part(load(folder/'fold.json')),
         '### How planning grows', planning_part(load(folder/'planning.json')),
         '## What is certified', certify_part(load(folder/'certify.json')),
         '## What folded validation saves', validation_part(load(folder/'validation.json'))]
     return '\n\n'.join(parts)+'\n'
+
+if __name__ == '__main__': to_csv(Path(__file__).resolve().parent/'results')

@@ -1,5 +1,5 @@
 "The benchmarks run, and write what they say they write; how fast anything is, no test says."
-import json, subprocess, sys
+import json, shutil, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from torch import nn
@@ -152,3 +152,13 @@ def test_peers_fold(name, module):
     try: res = zoo.measure(model, x, torch.float64, tool.fold, ref)
     finally: torch.set_default_dtype(before)
     assert norms==1 and res['norms']==0 and res['error']<1e-14
+
+def test_figures_as_csv(tmp_path):
+    "The CSV in docs/results have the numbers of the JSON beside them."
+    sys.path.insert(0, str(root/'docs'))
+    import results
+    for f in (root/'docs'/'results').glob('*.json'): shutil.copy(f, tmp_path)
+    results.to_csv(tmp_path)
+    made = sorted(o.name for o in tmp_path.glob('*.csv'))
+    assert made==sorted(o.name for o in (root/'docs'/'results').glob('*.csv')) and len(made)>3
+    for name in made: assert (tmp_path/name).read_text()==(root/'docs'/'results'/name).read_text(), f'{name}: run `python docs/results.py`'
