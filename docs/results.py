@@ -66,7 +66,7 @@ def comparison(zoo:dict|None)->str:
     res = [counted(zoo)]
     for ts,ms in parts[::-1]:
         most = '' if len(parts)<2 or ts!=parts[-1][0] else f', none of more than {max(m["params"] for m in ms)/1e6:.0f} million parameters'
-        res += [f"On {len(ms)} models{most}:", side_by_side(zoo, ts, ms)]
+        res += [f"On {len(ms)} model{'s'*(len(ms)!=1)}{most}:", side_by_side(zoo, ts, ms)]
     return '\n\n'.join(res)
 
 def curves(
