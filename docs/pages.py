@@ -111,7 +111,7 @@ def download(
     nb = nbformat.read(path, as_version=4)
     nb.cells = [c for c in nb.cells if 'nbdev_export' not in c.source]
     for c in nb.cells:
-        if c.cell_type=='markdown': c.source = re.sub(r'\[([^\]]+)\]\((?![a-z]+:)[^)]*\)', r'\1', c.source)
+        if c.cell_type=='markdown': c.source = re.sub(r'\[([^\]]+)\]\((?:#|(?![a-z]+:)[^)\s]*\.(?:ipynb|md))[^)]*\)', r'\1', c.source)
         else: c.source = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
     return nb
 

@@ -87,11 +87,13 @@ def command_line(
     option = lambda p: p.opts[0].startswith('-')
     usage = ' '.join([f'fasterfold {name}', *(p.metavar if p.required else f'[{p.metavar}]' for p in cmd.params if not option(p)), '[OPTIONS]'])
     said = lambda o: re.sub(r'(?<!\w)(--[a-z][\w-]*|[\w.]*\w\(\)|\.[a-z]\w+\b)', r'`\1`', o) # options, calls and endings as code
-    rows = [(', '.join(p.opts) if option(p) else p.metavar, p.metavar if option(p) else None, None if p.default in (None,False,Ellipsis) else str(p.default), said(p.help)) for p in cmd.params]
+    def row(p):
+        named,default = (', '.join(p.opts),p.metavar) if option(p) else (p.metavar,None),None if p.default in (None,False,Ellipsis) else str(p.default)
+        return *named,default,said(p.help)
     lines = re.sub(r'\\\[', '[', cmd.epilog.partition('[/b]')[2]).strip().split('\n\n') # examples, and sentences about them
     shell = [o for o in lines if o.startswith('fasterfold ')]
     parts = [f'<span id="{anchor(name)}"></span>', f"{'#'*level} fasterfold {name}", f'```text\n{usage}\n```', said(cmd.help), '```sh\n'+'\n'.join(shell)+'\n```',
-        *(said(o) for o in lines if o not in shell), arguments(('option','value','default','what it is'), rows), more]
+        *(said(o) for o in lines if o not in shell), arguments(('option','value','default','what it is'), map(row, cmd.params)), more]
     return '\n\n'.join(parts)
 
 Name = namedtuple('Name', 'name page home public line') # its page in the reference, the notebook it is made in, whether users call it, what it does in a line
