@@ -129,10 +129,12 @@ def home(
 ):
     "Bring what it says first on one screen: a sentence, how to install, a few lines of code, and the report as it looks."
     def take(pattern):
-        i,m = next((i,m) for i,c in enumerate(nb.cells) if c.cell_type=='markdown' and (m := re.search(pattern, c.source, re.S)))
-        nb.cells[i].source = nb.cells[i].source.replace(m[0], '')
-        return i,m[0].strip()
-    top = take(r'# [^\n]+\n\n> [^\n]+\n')[1]
+        for i,c in enumerate(nb.cells):
+            if c.cell_type=='markdown' and (m := re.search(pattern, c.source, re.S)):
+                c.source = c.source.replace(m[0], '')
+                return i,m[0].strip()
+        raise ValueError(f"nbs/index.ipynb has nothing like {pattern!r}, which the home page shows first.")
+    top = take(r'^# [^\n]+\n\n> [^\n]+')[1]
     i,code = take(r'```python\n(?:(?!```).)*learn\.fold\(\)(?:(?!```).)*```')
     picture = take(r'(?:[^\n]+\n\n)?!\[[^\]]*\]\([^)]*report\.png\)')[1]
     if (before := nb.cells[i-1]).source.endswith(':'): before.source = before.source[:-1]+', as above.'

@@ -12,7 +12,7 @@ def _default(value):
     "The default of a field as one would write it."
     if not isinstance(value, ast.Call) or getattr(value.func, 'id', '')!='field': return value
     given = {o.arg:o.value for o in value.keywords}
-    return given.get('default') or ast.Call(given['default_factory'], [], [])
+    return given.get('default') or 'default_factory' in given and ast.Call(given['default_factory'], [], []) or None
 
 def _params(tree, obj):
     "Parameters of a function, or fields of a dataclass, in order: triples (name, annotation, default) as written, with `*` and `/` as names."

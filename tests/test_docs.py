@@ -261,12 +261,13 @@ class Held:
     a:int # First
     b:list = field(default_factory=list) # Second
     c:str|None = field(default=None, repr=False) # Third
+    d:int = field(kw_only=True) # Fourth
     _d:int = 0
 
 @pytest.mark.parametrize('f,head,rows', [(several,'several(*names, many=False)',['`*names` | `str` |  | Their names','`many` | `bool` | `False` | More than one?']),
     (strict,'strict(a, /, b=(1, 2), *, c=3, **more)',['`a` |  |  | First','`b` | `tuple` | `(1, 2)` | Second','`c` | `int` | `3` | Third','`**more` |  |  | Others']),
     (delegates(strict)(given),'given(x, *, b=(1, 2), c=3)',['`x` |  |  | What','`b` | `tuple` | `(1, 2)` | Second','`c` | `int` | `3` | Third']),
-    (Held,'Held(a, b=list(), c=None)',['`a` | `int` |  | First','`b` | `list` | `list()` | Second',r'`c` | `str \| None` | `None` | Third'])], ids=['several','strict','delegated','fields'])
+    (Held,'Held(a, b=list(), c=None, d)',['`a` | `int` |  | First','`b` | `list` | `list()` | Second',r'`c` | `str \| None` | `None` | Third','`d` | `int` |  | Fourth'])], ids=['several','strict','delegated','fields'])
 def test_signatures_are_in_order(f, head, rows):
     "Each argument with its star, in the order in which Python takes them, and with its comment."
     with_nbdev()
