@@ -5,7 +5,7 @@ from pathlib import Path
 
 here = Path(__file__).parent
 sys.path.insert(0, str(here))
-import pages
+import reference
 
 ini = ConfigParser(delimiters=['='], interpolation=None)
 ini.read(here.parent/'settings.ini', encoding='utf-8')
@@ -15,7 +15,9 @@ release = ini['DEFAULT']['version']
 
 extensions = ['myst_nb','sphinx_copybutton','ext']
 root_doc = 'index'
-api_names = pages.api_names()
+exclude_patterns = ['downloads']
+api_names = reference.api_names()
+repository = ini['DEFAULT'].get('url', '')
 
 myst_enable_extensions = ['dollarmath','colon_fence']
 myst_heading_anchors = 3
@@ -31,8 +33,9 @@ html_theme = 'furo'
 html_title = f'{project} {release}'
 html_static_path = ['static']
 html_css_files = ['site.css']
+html_search_scorer = str(here/'scorer.js')
 html_favicon = 'static/icon.svg'
 html_copy_source = html_show_sourcelink = False
-html_show_sphinx = False
+html_show_sphinx = html_use_index = False
 pygments_style,pygments_dark_style = 'a11y-high-contrast-light','github-dark'
 copybutton_exclude = '.linenos, .gp, .go'

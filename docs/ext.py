@@ -15,15 +15,15 @@ _name = r'<span class="n(?:c|f|n|b)?">(\w+)</span>'
 _dot = r'<span class="o">\.</span>'
 _chain = re.compile(f'{_name}(?:{_dot}{_name})?')
 _code = re.compile(r'(<div class="highlight[^"]*"><pre>)(.*?)(</pre>)', re.S)
-_quoted = re.compile(r'(<code class="docutils literal notranslate"><span class="pre">)([\w.]+)((?:\(\))?</span></code>)(?!</a>)')
+_quoted = re.compile(r'(<code class="docutils literal notranslate"><span class="pre">)([\w.]+)((?:\([^<]*\))?</span></code>)(?!</a>)')
 
 def _link(app, pagename, templatename, context, doctree):
-    "Link names of the API in the finished page, except where they are defined."
+    "Link names of the API in the finished page."
     if not context.get('body') or not doctree: return
     api = app.config.api_names
-    own = {k for k,(page,_) in api.items() if page==pagename}
+    own = {k for k,(page,_,home) in api.items() if pagename in (page,home)}
     def anchor(text, key):
-        page,public = api[key]
+        page = api[key][0]
         here = '' if page==pagename else posixpath.relpath(page+'.html', posixpath.dirname(pagename) or '.')
         return f'<a class="api" href="{here}#{pages.anchor(key)}">{text}</a>'
     def known(name, imported): return name in api and (api[name][1] or name in own or name in imported)
@@ -43,8 +43,20 @@ def _link(app, pagename, templatename, context, doctree):
     seen = set()
     context['body'] = _quoted.sub(quoted, _code.sub(code, context['body']))
 
+def source_links(
+    url:str, # Of the repository, '' if there is none yet
+    page:str, # A page
+)->dict: # What the theme makes links of
+    "Where to see and to edit what `page` is made from."
+    file = pages.source(page)
+    return {f'theme_source_{k}_link':f'{url}/{how}/main/{file}' for k,how in (('view','blob'), ('edit','edit'))} if url and file else {}
+
+def _sources(app, pagename, templatename, context, doctree): context.update(source_links(app.config.repository, pagename))
+
 def setup(app):
     app.add_html_math_renderer('mathml', (_inline, None), (_block, None))
     app.add_config_value('api_names', {}, '')
+    app.add_config_value('repository', '', 'html')
+    app.connect('html-page-context', _sources)
     app.connect('html-page-context', _link)
     return dict(version='1', parallel_read_safe=True, parallel_write_safe=True)

@@ -1,13 +1,11 @@
-"Notebooks as pages of the site: nbdev's processors, and documentation where code is exported"
-import ast, inspect, os, re
-from functools import reduce
-from importlib import import_module
+"Notebooks as pages of the site: nbdev's processors, and links from code that is exported to the reference"
+import ast, os, re
+from collections import namedtuple
+from functools import cache
 from pathlib import Path
 import nbformat
-from fastcore.docments import docments
-from fastcore.nbio import mk_cell
 from nbdev.doclinks import patch_name
-from nbdev.process import NBProcessor, Processor
+from nbdev.process import NBProcessor
 from nbdev.processors import clean_magics, filter_stream_, hide_, hide_line, rm_header_dash, strip_ansi
 
 root = Path(__file__).parent.parent
@@ -31,6 +29,22 @@ def relink(
         return m[1]+os.path.relpath(to, page.parent)
     return re.sub(r'(\]\(|src="|href=")(?![a-z]+:|[#/])([^)\s"#]+)', one, md)
 
+def notebooks(): return [p for p in sorted((root/'nbs').rglob('*.ipynb')) if not any(o[0] in '._' for o in p.relative_to(root).parts)]
+
+Room = namedtuple('Room', 'name path page home cells') # a module, its notebook, its page in the reference, the notebook's page
+
+@cache
+def rooms()->list: # In the order of the notebooks
+    "All modules that notebooks export."
+    res = []
+    for path in notebooks():
+        cells = NBProcessor(path).nb.cells
+        name = next((c.directives_['default_exp'] for c in cells if 'default_exp' in c.directives_), None)
+        if name: res.append(Room(name, path, 'api/'+name.replace('.', '/'), path.relative_to(root/'nbs').with_suffix('').as_posix(), cells))
+    return res
+
+def exported(cell): return cell.cell_type=='code' and 'export' in cell.directives_
+
 def public(
     cell, # An exported cell
 )->list: # Pairs (dotted name, syntax tree)
@@ -38,115 +52,91 @@ def public(
     defs = [o for o in ast.parse(cell.source).body if isinstance(o, (ast.FunctionDef,ast.ClassDef))]
     return [(patch_name(o), o) for o in defs if not o.name.startswith('_') and ast.get_docstring(o)]
 
-def methods(tree): return [o for o in tree.body if isinstance(o, ast.FunctionDef) and not o.name.startswith('_') and ast.get_docstring(o)]
-
-def _params(tree, obj):
-    "Parameters of a function, or fields of a dataclass, in order: triples (name, annotation, default) as written, with `*` and `/` as names."
-    f = tree if isinstance(tree, ast.FunctionDef) else next((o for o in tree.body if getattr(o, 'name', '')=='__init__'), None)
-    text = lambda o: None if o is None else ast.unparse(o)
-    if f is None: return [(o.target.id, text(o.annotation), text(o.value)) for o in tree.body if isinstance(o, ast.AnnAssign)]
-    a = f.args
-    pos = a.posonlyargs+a.args
-    res = [(o.arg, text(o.annotation), text(d)) for o,d in zip(pos, [None]*(len(pos)-len(a.defaults))+a.defaults)]
-    if a.posonlyargs: res.insert(len(a.posonlyargs), ('/', None, None))
-    if a.vararg: res.append(('*'+a.vararg.arg, text(a.vararg.annotation), None))
-    only = [(o.arg, text(o.annotation), text(d)) for o,d in zip(a.kwonlyargs, a.kw_defaults)]
-    if a.kwarg: # what `delegates` found behind it
-        known = {n for n,*_ in res+only}
-        more = [p for p in inspect.signature(obj).parameters.values() if p.name not in known and p.kind is p.KEYWORD_ONLY]
-        only += [(p.name, None, repr(p.default)) for p in more]
-    if only and not a.vararg: res.append(('*', None, None))
-    res += only
-    if a.kwarg and not more: res.append(('**'+a.kwarg.arg, text(a.kwarg.annotation), None))
-    return [o for o in res if o[0] not in ('self','cls')]
-
-def _fenced(doc):
-    "Docstring `doc` with its examples as blocks of code, as Markdown has them."
-    return re.sub('^>>> .*(?:\\n.+)*', lambda m: f'```pycon\n{m[0]}\n```', doc, flags=re.M)
+def methods(tree):
+    "Those of a class that are documented."
+    return [o for o in tree.body*isinstance(tree, ast.ClassDef) if isinstance(o, ast.FunctionDef) and not o.name.startswith('_') and ast.get_docstring(o)]
 
 def anchor(
     name:str, # Dotted name
+    kind:str='api', # Of its documentation; 'src' is that of its source
 )->str: # Where it is on its page
     "Names that differ by case only are different, unlike the anchors that Sphinx gives headings."
-    return 'api-'+name
+    return f'{kind}-{name}'
 
-def document(
-    name:str, # Dotted name
-    tree, # Its syntax tree
-    obj, # The object itself
-    level:int=3, # Of its heading
-)->str: # Markdown
-    "Heading, signature, docstring, and a table of the parameters that have a docment."
-    params,doc = _params(tree, obj),docments(obj, full=True, args_kwargs=True)
-    sig = [n if d is None else f'{n}={d}' for n,_,d in params]
-    is_prop = any(getattr(o, 'id', '')=='property' for o in getattr(tree, 'decorator_list', []))
-    head = name if is_prop else f"{name}({', '.join(sig)})"
-    if len(head)>88: head = f'{name}(\n    ' + ',\n    '.join(sig) + ')'
-    ret = getattr(tree, 'returns', None)
-    if ret is not None: head += ' -> ' + ast.unparse(ret)
-    say = lambda n: ((doc.get(n.lstrip('*')) or {}).get('docment') or '').replace('\n', ' ').replace('|', r'\|')
-    rows = [(f'`{n}`' if t is None else f'`{n}: {t}`', say(n)) for n,t,_ in params if n not in ('*','/')]
-    if say('return'): rows.append(('returns', say('return')))
-    cell = lambda s: s.replace('|', r'\|') if s.startswith('`') else s
-    table = '\n'.join(['| argument | what it is |','| --- | --- |', *(f'| {cell(a)} | {b} |' for a,b in rows)]) if any(b for _,b in rows) else ''
-    parts = [f'<span id="{anchor(name)}"></span>', f"{'#'*level} {name}", f'```python\n{head}\n```', _fenced(ast.get_docstring(tree)), table]
-    return '\n\n'.join(filter(None, parts))
+def notebook(
+    cells:list, # Of nbformat
+)->nbformat.NotebookNode: # For Sphinx to read
+    "A notebook of `cells`."
+    return nbformat.v4.new_notebook(cells=cells, metadata={'kernelspec':{'name':'python3','display_name':'python3'}, 'language_info':{'name':'python','pygments_lexer':'ipython3'}})
 
-class AddDocs(Processor):
-    "Before each exported cell, documentation of what it defines; its source stays, folded up"
-    def begin(self):
-        exp = next((c.directives_['default_exp'] for c in self.nb.cells if 'default_exp' in c.directives_), None)
-        mod = import_module(f'fasterfold.{exp}') if exp else None
-        cells,level = [],2
-        for c in self.nb.cells:
-            if 'default_exp' in c.directives_ or 'nbdev_export' in c.source: continue
-            if c.cell_type=='markdown': level = 3 if level==3 or re.search('^## ', c.source, re.M) else 2
-            if 'export' in c.directives_:
-                if all(isinstance(o, (ast.Import,ast.ImportFrom)) for o in ast.parse(c.source).body): continue
-                cells += [mk_cell(md, 'markdown') for md in documented(c, mod, level)]
-                c.metadata['tags'] = ['hide-input']
-            cells.append(c)
-        self.nb.cells = cells
+def code_cell(
+    c, # A cell that nbdev has read
+): # The same as nbformat has it
+    "Code with its outputs, and without what only nbdev asks for."
+    meta = {'tags':['remove-input']} if c.directives_.get('echo')=='false' else {}
+    return nbformat.v4.new_code_cell(c.source, outputs=[nbformat.from_dict(o) for o in c.outputs], metadata=meta)
 
-def documented(
-    cell, # An exported cell
-    mod, # The module it is exported to
-    level:int, # Of the headings
-): # Markdown for each name it defines, and each method of a class
-    for name,tree in public(cell):
-        obj = reduce(getattr, name.split('.'), mod)
-        yield document(name, tree, obj, level)
-        if isinstance(tree, ast.ClassDef):
-            for m in methods(tree): yield document(f'{name}.{m.name}', m, getattr(obj, m.name), level+1)
+def _names_line(cell, room):
+    "What `cell` defines, with links to the reference and places that this links back to."
+    there = os.path.relpath(room.page, Path(room.home).parent)
+    one = lambda n: f'<a class="api" id="{anchor(n, "src")}" href="{there}.html#{anchor(n)}"><code>{n}</code></a>'
+    return f'<p class="names">Reference: {", ".join(one(n) for n,_ in public(cell))}</p>'
 
 def page_of(
     path:Path, # A notebook
 )->nbformat.NotebookNode: # The same for Sphinx to read
     "What the site shows of the notebook at `path`."
     src,page = path.relative_to(root),path.relative_to(root/'nbs')
-    proc = NBProcessor(path, [AddDocs, strip_ansi, hide_line, filter_stream_, rm_header_dash, clean_magics, hide_])
+    room = next((r for r in rooms() if r.path==path), None)
+    proc = NBProcessor(path, [strip_ansi, hide_line, filter_stream_, rm_header_dash, clean_magics, hide_])
     proc.process()
     cells = []
     for c in proc.nb.cells:
         if c.cell_type=='markdown': cells.append(nbformat.v4.new_markdown_cell(relink(c.source, src, page)))
-        elif c.cell_type=='code':
-            tags = ['remove-input'] if c.directives_.get('echo')=='false' else c.metadata.get('tags')
-            meta = {'tags':tags} if tags else {}
-            cells.append(nbformat.v4.new_code_cell(c.source, outputs=[nbformat.from_dict(o) for o in c.outputs], metadata=meta))
-    return nbformat.v4.new_notebook(cells=cells, metadata={'kernelspec':{'name':'python3','display_name':'python3'}, 'language_info':{'name':'python','pygments_lexer':'ipython3'}})
+        elif c.cell_type=='code' and c.source.strip():
+            if exported(c) and all(isinstance(o, (ast.Import,ast.ImportFrom)) for o in ast.parse(c.source).body): continue
+            if exported(c) and public(c): cells.append(nbformat.v4.new_markdown_cell(_names_line(c, room)))
+            cells.append(code_cell(c))
+    if room: cells[0].source = re.sub('^# .*', f'# How {room.name} is built', cells[0].source)
+    if page.parts[0] in taught: cells[0].source = re.sub(r'\n\n(?!>)', f'\n\n{{download}}`Download this page as a notebook <{os.path.relpath(copy_of(page), page.parent)}>`\n\n', cells[0].source, count=1)
+    return notebook(cells)
 
-def notebooks(): return [p for p in sorted((root/'nbs').rglob('*.ipynb')) if not any(o[0] in '._' for o in p.relative_to(root).parts)]
+taught = 'tutorials','howto' # folders of notebooks to run oneself
+def copy_of(page): return Path('downloads')/page
 
-def api_names()->dict: # Name to (page, does `fasterfold.all` bring it?)
-    "All documented names, as the site's pages have them."
-    from fasterfold.all import __all__ as shown
-    res = {}
-    for path in notebooks():
-        page = path.relative_to(root/'nbs').with_suffix('').as_posix()
-        for c in NBProcessor(path).nb.cells:
-            if c.cell_type!='code' or 'export' not in c.directives_: continue
-            for name,tree in public(c):
-                known = name in shown or name.startswith('Learner.')
-                res[name] = page,known
-                if isinstance(tree, ast.ClassDef): res |= {f'{name}.{m.name}':(page, known) for m in methods(tree)}
-    return res
+def download(
+    path:Path, # A notebook
+)->nbformat.NotebookNode: # The same for a reader to run
+    "Without what only nbdev reads, and without links that lead nowhere outside of the site."
+    nb = nbformat.read(path, as_version=4)
+    nb.cells = [c for c in nb.cells if 'nbdev_export' not in c.source]
+    for c in nb.cells:
+        if c.cell_type=='markdown': c.source = re.sub(r'\[([^\]]+)\]\((?:#|(?![a-z]+:)[^)\s]*\.(?:ipynb|md))[^)]*\)', r'\1', c.source)
+        else: c.source = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
+    return nb
+
+def source(
+    page:str, # A page
+)->str|None: # The file in the repository that it is made from, if it is one
+    "Where to edit what the page says."
+    of = {r.page:r.home for r in rooms()}
+    if page in ('changelog','contributing'): return f'{page.upper()}.md'
+    nb = Path('nbs')/f'{of.get(page, page)}.ipynb'
+    return nb.as_posix() if (root/nb).exists() else None
+
+def home(
+    nb:nbformat.NotebookNode, # The README's page
+):
+    "Bring what it says first on one screen: a sentence, how to install, a few lines of code, and the report as it looks."
+    def take(pattern):
+        for i,c in enumerate(nb.cells):
+            if c.cell_type=='markdown' and (m := re.search(pattern, c.source, re.S)):
+                c.source = c.source.replace(m[0], '')
+                return i,m[0].strip()
+        raise ValueError(f"nbs/index.ipynb has nothing like {pattern!r}, which the home page shows first.")
+    top = take(r'^# [^\n]+\n\n> [^\n]+')[1]
+    i,code = take(r'```python\n(?:(?!```).)*learn\.fold\(\)(?:(?!```).)*```')
+    picture = take(r'(?:[^\n]+\n\n)?!\[[^\]]*\]\([^)]*report\.png\)')[1]
+    if (before := nb.cells[i-1]).source.endswith(':'): before.source = before.source[:-1]+', as above.'
+    install = '```sh\npip install .  # in a checkout\n```'
+    nb.cells.insert(0, nbformat.v4.new_markdown_cell('\n\n'.join([top, '::::{container} first', install, code, picture, '::::'])))

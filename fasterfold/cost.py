@@ -146,7 +146,7 @@ def compare(
     ready=None, # What to call before each is timed, functions by name
     turns:int=3, # At least so many
 )->Comparison:
-    """Time `models` on `sample` in turns, in eval mode without gradients.
+    """Time `models` on `sample` in turns, in eval mode without gradients. Raises `FoldError` if there is no sample, and none can be made up.
 
     >>> both = compare(dict(original=nn.Linear(8, 8), thin=nn.Linear(8, 1)), torch.ones(1, 8), seconds=.01)
     >>> list(both), both.ratio('original')
@@ -179,7 +179,7 @@ def latency(
     seconds:float=1., # About how long to time it
     progress:bool|str=False, # Show a progress bar? A text is its label
 )->Latency:
-    "Time one call of `model` on `sample`, in eval mode without gradients."
+    "Time one call of `model` on `sample`, in eval mode without gradients. Raises `FoldError` if there is no sample, and none can be made up."
     return compare({type(model).__name__: model}, sample, seconds, progress).base
 
 # %% ../nbs/10_cost.ipynb #13979502

@@ -126,6 +126,8 @@ class BN_Folder:
     )
     >>> folder.result.summary
     '1 of 1 norms fold'
+
+    Raises `FoldError` if an option has a value that it cannot have.
     """
     def __init__(self,
         strip_dropout:bool=False, # Also replace dropout, which does nothing at inference, by `nn.Identity`?
@@ -203,7 +205,7 @@ def undo(self:BN_Folder):
 @patch
 @_public
 def refold(self:BN_Folder)->FoldPlan: # What was folded now
-    "Fold the model of the last `fold` again, after `undo`, with the weights it has now: no new trace, and no proof."
+    "Fold the model of the last `fold` again, after `undo`, with the weights it has now: no new trace, and no proof. Raises `FoldError` if there is none, or it is folded."
     if self._last is None: raise FoldError("There is nothing to fold again: call `fold` first.")
     if self._undo: raise FoldError("The model is folded already: call `undo` first.")
     target,graph,kept = self._last
