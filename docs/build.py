@@ -9,7 +9,7 @@ sys.path.insert(0, str(docs))
 import pages, results
 
 # captions and pages of the sidebar, in reading order; a pattern stands for all notebooks it matches
-sidebar = dict(Learn=['tutorials/*'], Understand=['how_it_works','limits','results'], Reference=['0[0-4]*','rules/*','0[5-9]*','1*'], Project=['changelog','contributing'])
+sidebar = dict(Learn=['tutorials/*'], **{'How to':['howto/*']}, Understand=['how_it_works','limits','results'], Reference=['0[0-4]*','rules/*','0[5-9]*','1*'], Project=['changelog','contributing'])
 
 def toctree(nbs:Path)->str:
     "The sidebar as Markdown."
