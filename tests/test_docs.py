@@ -350,7 +350,7 @@ def test_docstring_examples():
     assert {'Affine','BN_Folder','BN_Folder.plan','count_parameters','compare'}<=seen
 
 def test_tutorials_keep_outputs():
-    for p in sorted((root/'nbs'/'tutorials').glob('*.ipynb')):
+    for p in sorted(p for k in ('tutorials','howto') for p in (root/'nbs'/k).glob('*.ipynb')):
         shown = [c for c in nbformat.read(p, as_version=4).cells if c.cell_type=='code' and not c.source.startswith('#| hide')]
         assert sum(bool(c.outputs) for c in shown)>len(shown)/3, p.name
         assert not any(o.output_type=='error' for c in shown for o in c.outputs), p.name
