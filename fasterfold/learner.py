@@ -88,7 +88,7 @@ def fold_plan(self:Learner,
     normalize:bool=False, # Also fold the `Normalize` of the loaders into the model, which then takes images as they are?
     **kwargs
 )->FoldPlan: # Norms that would be folded, and those that would stay
-    "What `fold` would do to `model`; nothing changes."
+    "What `fold` would do to `model`; nothing changes. Raises `FoldError` if the model cannot be run or edited."
     folder = BN_Folder(**kwargs)
     model,samples,norm,why = _images(self, folder, sample, normalize)
     plan = folder.plan(model, samples=samples)
@@ -166,7 +166,7 @@ def fold_bn(self:Learner,
     undo:bool=True, # Remember what `unfold` needs? That takes as much memory as the weights that change
     **kwargs
 )->Learner: # The learner itself
-    "Fold the norms of `model` in place, as in `learn.fold_bn().validate()`."
+    "Fold the norms of `model` in place, as in `learn.fold_bn().validate()`. Raises `FoldError` if it cannot be run or edited; the learner is then as it was."
     Fold(self, sample, normalize, **kwargs).done(undo)
     return self
 
@@ -179,7 +179,7 @@ def folded(self:Learner,
     normalize:bool=False, # Also fold the `Normalize` of the loaders into the model, which then takes images as they are?
     **kwargs
 ):
-    "Fold the norms of `model` inside a `with` block, and undo it after."
+    "Fold the norms of `model` inside a `with` block, and undo it after. Raises `FoldError` if it cannot be run or edited."
     opt,past,fold = self.opt,_past(self),Fold(self, sample, normalize, **kwargs)
     self.opt,self._past = None,_Past(unwrap(self.model), opt, inside=True)
     try: yield self
@@ -257,7 +257,7 @@ def fold(self:Learner,
     channels_last:bool|str='auto', # Also use channels_last weights? 'auto' times both formats next to the original, and keeps the faster
     **kwargs
 )->FoldReport: # What it changed
-    "Fold the norms of `model` in place, keep the faster memory format, and report on norms, size, latency and metrics."
+    "Fold the norms of `model` in place, keep the faster memory format, and report on norms, size, latency and metrics. Raises `FoldError` if it cannot be run or edited; the learner is then as it was."
     BN_Folder(**(kwargs := dict(channels_last=channels_last, **kwargs))) # to hear of a wrong option before a validation
     with _as_it_was(self):
         before = _scores(self, 'original') if validate else {}
@@ -287,7 +287,7 @@ def fold_bench(self:Learner,
     seconds:float=.5, # About how long to time each model in each engine on each input
     **kwargs
 )->FoldBench: # How long both models take in each engine
-    "Time `model` and a folded copy of it in each engine that is installed: does folding help the one you deploy on? The learner is as before."
+    "Time `model` and a folded copy of it in each engine that is installed: does folding help the one you deploy on? The learner is as before. Raises `FoldError` if the model cannot be run or edited."
     folder = BN_Folder(**kwargs)
     model,samples,norm,why = _images(self, folder, sample, normalize)
     original,folded,plan = unwrap(model),unwrap(folder.fold(model, samples=samples)),folder.result
@@ -341,7 +341,7 @@ class _AtHome(Callback):
 
 # %% ../nbs/15_learner.ipynb #4cd90c01
 class FoldCallback(_AtHome):
-    "Fold the norms of the model in place when training ends."
+    "Fold the norms of the model in place when training ends. Raises `FoldError` then if it cannot be run or edited; it is trained all the same."
     order = SkipToEpoch.order+1 # After `SaveModelCallback` has loaded the best weights
     name = 'fold_callback' # `Learner.fold` is something else
     @delegates(BN_Folder)

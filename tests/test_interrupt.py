@@ -1,7 +1,7 @@
 """Ctrl-C at any moment: everything is as it was, or all is done.
 
 Between two checks of an operation a signal waits, at each call and return, which is looked at for all of them. So what can happen is that it is heard at a check, or before the operation takes the key, or after. A part of these moments is tried here,
-and some others; `INTERRUPT=1` tries all that differ, and `INTERRUPT=2` all calls and returns that are in an operation, each in a process of its own, which takes an hour for each."""
+and some others; `INTERRUPT=1` tries all that differ, each in a process of its own, and `INTERRUPT=2` all calls and returns in an operation, which takes hours for each."""
 import gc, inspect, logging, os, random, shutil, signal, subprocess, sys, textwrap, threading, time, traceback, warnings
 from functools import partial
 from pathlib import Path
@@ -48,17 +48,30 @@ class Presses:
         self.n += 1
         if self.n in self.at: signal.raise_signal(signal.SIGINT)
 
+class Looks:
+    "Counts calls and returns, checks, and lists those at which a signal would not wait."
+    def __init__(self): self.n,self.checks,self.open,self.places = 0,0,[],[None]
+    def __call__(self, frame, event, arg):
+        if frame.f_code is broken_off.__code__: return
+        if event=='call': self.places.append(interrupt._place(frame))
+        self.n += 1
+        self.checks += event=='call' and frame.f_code is check.__code__
+        if self.places[-1] is None or signal.getsignal(signal.SIGINT) is not interrupt._on_signal: self.open.append(self.n)
+        if event=='return': self.places.pop()
+
 class Forks(Presses):
-    "Presses Ctrl-C at each call and return in an operation, in a process that is forked for that."
-    def __init__(self, moved=lambda: None): self.moved,self.inside,self.total,self.failed = moved,0,0,[] # `moved` is called first in each
+    "Presses Ctrl-C at all calls and returns in an operation that differ, or at all that there are, in a process that is forked for that."
+    def __init__(self, moved=lambda: None): self.moved,self.inside,self.total,self.failed,self.looks = moved,0,0,[],Looks() # `moved` is called first in each
     @property
     def forked(self): return hasattr(self, 'at')
     def __call__(self, frame, event, arg):
         if self.forked: return super().__call__(frame, event, arg)
         if frame.f_code is broken_off.__code__: return
-        ours = event in ('call','return') and frame.f_globals.get('__name__', '').startswith('fasterfold.')
+        name,known = frame.f_globals.get('__name__', ''),len(self.looks.open)+self.looks.checks
+        ours = event in ('call','return') and name.startswith('fasterfold.') and name!='fasterfold.learner' # whose methods of `Learner` pass on what fastai calls
         self.inside += ours and event=='call'
-        if self.inside:
+        self.looks(frame, event, arg)
+        if self.inside and (every>1 or len(self.looks.open)+self.looks.checks>known):
             self.total += 1
             drawn = random.getstate()
             if pid := os.fork(): self.failed += [self.total]*bool(os.waitpid(pid, 0)[1])
@@ -72,6 +85,8 @@ class Forks(Presses):
 def everywhere(f, verdict, moved=lambda: None):
     "`verdict` of what each process found that pressed somewhere in `f`: a function of who pressed, and of whether `f` was broken off."
     forks = Forks(moved)
+    gc.collect()
+    gc.freeze() # else each process copies what its collector looks at
     stopped = broken_off(f, forks)
     if forks.forked:
         try: verdict(forks, stopped)
@@ -80,18 +95,7 @@ def everywhere(f, verdict, moved=lambda: None):
             os._exit(1)
         os._exit(0)
     print(f'{forks.total} calls and returns')
-    assert not stopped and not forks.failed and forks.total>100
-
-class Looks:
-    "Counts calls and returns, checks, and lists those at which a signal would not wait."
-    def __init__(self): self.n,self.checks,self.open,self.places = 0,0,[],[None]
-    def __call__(self, frame, event, arg):
-        if frame.f_code is broken_off.__code__: return
-        if event=='call': self.places.append(interrupt._place(frame))
-        self.n += 1
-        self.checks += event=='call' and frame.f_code is check.__code__
-        if self.places[-1] is None or signal.getsignal(signal.SIGINT) is not interrupt._on_signal: self.open.append(self.n)
-        if event=='return': self.places.pop()
+    assert not stopped and not forks.failed and forks.total>20
 
 def broken_off(f, presses):
     "Was `f` broken off by one of `presses`?"
@@ -116,7 +120,7 @@ class Counts(Looks):
         self.n += frame.f_code is not broken_off.__code__
         self.checks += event=='call' and frame.f_code is check.__code__
 
-def some(items, n, g): return items if every or len(items)<=n else [items[g.randrange(len(items)*i//n, len(items)*(i+1)//n)] for i in range(n)]
+def some(items, n, g): return items if len(items)<=n else [items[g.randrange(len(items)*i//n, len(items)*(i+1)//n)] for i in range(n)]
 
 def moments(looks, n):
     "Presses at `n` checks, `n` calls and returns at which a signal does not wait, and some at which it does; every other time, a second press follows."
@@ -163,7 +167,7 @@ def assert_as_it_was(see, f, n=20, done=lambda: False, again=lambda: None):
         assert stopped==p.came, f"pressed at {p.at}, and not heard"
         if done(): assert not p.stops, f"pressed at {p.at}, and heard too late"
         elif stopped: assert not before.changed(see()), f"pressed at {p.at}"
-    if every>1: return everywhere(f, verdict)
+    if every: return everywhere(f, verdict)
     for p in moments(looks, n):
         stopped = broken_off(f, p)
         verdict(p, stopped)
@@ -280,7 +284,7 @@ def test_folded_validation(plain):
         assert [*plain.model.modules()]==modules and len(norms(plain.model))==3 and 'all_batches' not in vars(plain)
         if not plain.training and plain.held_now is not None: assert plain.held_now==bytes_of(plain.model)
         if p.only: assert world()==before # else it may have been between fastai's own
-    if every>1: return everywhere(f, verdict)
+    if every: return everywhere(f, verdict)
     for p in moments(looks, 8):
         plain.training,plain.held_now = True,None
         verdict(p, broken_off(f, p))
@@ -298,7 +302,7 @@ def test_fold_callback(plain):
     def verdict(p, stopped):
         assert stopped==p.came
         assert is_folded(plain) or len(norms(plain.model))==n and plain.opt is not None
-    if every>1: return everywhere(f, verdict)
+    if every: return everywhere(f, verdict)
     for p in moments(looks, 8):
         verdict(p, broken_off(f, p))
         times[is_folded(plain)] += 1
@@ -429,9 +433,9 @@ def test_command(box, monkeypatch):
         ok,written = right(before, Path.cwd(), *((res[0].exit_code,res[0].stderr) if res else (130,'')))
         assert ok and not (written and p.stops), (p.at, res)
         assert world()==around
-        if every>1: shutil.rmtree(Path.cwd())
+        if every: shutil.rmtree(Path.cwd())
     around = world()
-    if every>1:
+    if every:
         anew()
         return everywhere(f, verdict, lambda: os.chdir(shutil.copytree(box, box.parent/f'box{os.getpid()}')))
     for p in moments(looks, 5):
