@@ -167,7 +167,9 @@ def assert_as_it_was(see, f, n=20, done=lambda: False, again=lambda: None):
         assert stopped==p.came, f"pressed at {p.at}, and not heard"
         if done(): assert not p.stops, f"pressed at {p.at}, and heard too late"
         elif stopped: assert not before.changed(see()), f"pressed at {p.at}"
-    if every: return everywhere(f, verdict)
+    if every:
+        everywhere(f, verdict)
+        return done() and again()
     for p in moments(looks, n):
         stopped = broken_off(f, p)
         verdict(p, stopped)
