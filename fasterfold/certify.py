@@ -39,15 +39,15 @@ class Ball:
         r=0., # How far the exact ones may be from them
     ): self.m,self.r = _wide(m),_wide(r)
     @property
-    def shape(self): return torch.broadcast_shapes(self.m.shape, self.r.shape)
+    def shape(self): return self.m.shape if self.r.shape in ((),self.m.shape) else torch.broadcast_shapes(self.m.shape, self.r.shape) # that is slow
     def map(self, f): return Ball(f(self.m.expand(self.shape)), f(self.r.expand(self.shape)))
     def __neg__(self): return Ball(-self.m, self.r)
     def __abs__(self): return Ball(self.m.abs(), self.r)
     def __add__(self, o): return Ball(self.m+o.m, self.r+o.r+_ulp*torch.maximum(self.m.abs(), o.m.abs()))
     def __sub__(self, o): return self+-o
     def __mul__(self, o):
-        m = self.m*o.m
-        return Ball(m, self.m.abs()*o.r+(o.m.abs()+o.r)*self.r+_ulp*m.abs())
+        a = o.m.abs()
+        return Ball(self.m*o.m, self.m.abs()*(o.r+_ulp*a)+(a+o.r)*self.r)
     def inv(self):
         "1/self, which must not contain 0."
         m,near = 1/self.m,self.m.abs()-self.r
@@ -75,7 +75,8 @@ def stored(
     if not t.is_floating_point() and (m.abs()>=2**53).any(): raise Undecided("holds integers that float64 cannot tell apart")
     if not rounded or not t.is_floating_point(): return Ball(m)
     info = torch.finfo(t.dtype)
-    return Ball(m, (info.eps/2+_ulp)*m.abs() + (info.smallest_normal if t.dtype is not torch.float16 else info.eps*info.smallest_normal)) # a fold writes no subnormals
+    least = info.smallest_normal if t.dtype is not torch.float16 else info.eps*info.smallest_normal # a fold writes no subnormals
+    return Ball(m, m.abs().mul_(info.eps/2+_ulp).add_(least))
 
 class Undecided(Exception): "Where a certificate ends, and why."
 
@@ -88,7 +89,7 @@ class Match:
     at:int=0 # In which channel
     scale:Ball=None # Multiples, one a row
 
-def _over(d, r): return torch.where(d>0, d/r, 0.) # no difference is none, whatever is allowed
+def _over(d, r): return (d/r).masked_fill_(d==0, 0) # no difference is none, whatever is allowed; what is no number is none that fits
 
 def _channel(i, shape):
     "The channel of position `i`: its place in the dimension that is longest."
@@ -108,8 +109,8 @@ def equal(
         d,r = (x.m-y.m).abs().expand(shape),(x.r+y.r+_ulp*x.m.abs()).expand(shape)
         if not d.numel(): continue
         i = (gaps := _over(d, r)).argmax().item()
-        gap = gaps.flatten()[i].item()
-        if not gap<=res.gap: res = Match(gap, (d.flatten()[i]/x.m.abs().max().clamp_min(1e-300)).item(), _channel(i, shape))
+        gap = gaps.flatten()[i].nan_to_num(float('inf'), float('inf')).item()
+        if gap>res.gap: res = Match(gap, (d.flatten()[i]/x.m.abs().max().clamp_min(1e-300)).item(), _channel(i, shape))
     return res
 
 # %% ../nbs/14_certify.ipynb #ce270010
@@ -134,15 +135,19 @@ class Rows:
 
 # %% ../nbs/14_certify.ipynb #ce270012
 def _multiple(a, b):
-    "For each row of `b` by what it is a multiple of that of `a`; how far it is off, in units of what is allowed, and relative to its largest number."
-    r,size,am = b.r+_ulp*b.m.abs(),b.m.abs().amax(1),a.m
-    if a.r.any(): r = r+((am*b.m).sum(1, True)/(am*am).sum(1, True).clamp_min(1e-300)).abs()*a.r
-    q,wide,none = b.m/am,r/am.abs(),a.has(0)
-    if none.any(): q,wide,am = q.masked_fill(none, 0),wide.masked_fill(none, float('inf')),am.masked_fill(none, 0)
-    lo,hi,empty = (q-wide).amax(1),(q+wide).amin(1),none.all(1)
+    "For each row of `b` by what it is a multiple of that of `a`, and how far it is off in units of what is allowed, and as such."
+    am,bm = a.m.abs(),b.m.abs()
+    none = am<=a.r
+    some,empty = none.any(),none.all(1)
+    known = a.m.masked_fill(none, 0) if some else a.m
+    about = torch.linalg.vecdot(known, b.m)/torch.linalg.vecdot(known, known).clamp_min(1e-300)
+    r = b.r+_ulp*bm+about.abs().masked_fill(empty, 1)[:,None]*a.r # of a row that may be zero nothing is a multiple but what may be zero as well
+    q,wide = b.m/a.m,r/am
+    if some: q,wide = q.masked_fill_(none, 0),wide.masked_fill_(none, float('inf'))
+    lo,hi = (q-wide).amax(1),(q+wide).amin(1)
     s = ((lo+hi)/2).masked_fill(empty, 0)
-    d = torch.addcmul(b.m, s[:,None], am, value=-1).abs()
-    return Ball(s, ((hi-lo).clamp_min(0)/2+_ulp*s.abs()).masked_fill(empty, 0)),_over(d, r).amax(1),d.amax(1)/size.clamp_min(1e-300)
+    d = torch.addcmul(b.m, s[:,None], known, value=-1).abs()
+    return Ball(s, ((hi-lo).clamp_min(0)/2+_ulp*s.abs()).masked_fill(empty, 0)),_over(d, r).amax(1),d
 
 def multiple(
     a:list, # `Rows`
@@ -152,12 +157,14 @@ def multiple(
     (a,),(b,) = a,b
     if a.shape!=b.shape: return Match(float('inf'), float('inf'))
     if not a.shape.numel(): return Match(scale=ZERO)
-    found = [_multiple(a[i], b[i]) for i in a.slices()]
-    gaps,by = (torch.cat([o[k] for o in found]) for k in (1,2))
+    found = [_multiple(a[i], b[i])[:2] for i in a.slices()]
+    gaps = torch.cat([o[1] for o in found])
     i = gaps.argmax().item()
-    return Match(gaps[i].item(), by[i].item(), i, Ball(*(torch.cat([getattr(o[0], k) for o in found]) for k in 'mr')))
+    d = _multiple(a[k := slice(i, i+1)], b[k])[2]
+    return Match(gaps[i].item(), (d.max()/b[k].m.abs().max().clamp_min(1e-300)).item(), i, Ball(*(torch.cat([getattr(o[0], k) for o in found]) for k in 'mr')))
 
 _fits = 1+1e-6 # how far differences in units of what is allowed are themselves known
+
 
 # %% ../nbs/14_certify.ipynb #ce270015
 class Core:
@@ -353,8 +360,9 @@ def _times(W, s, g):
     "The kernel `W` of `g` groups with the factors `s` of input channels in it, in rows."
     n = len(W)
     if bool((s.m==1).all()) and not s.r.any(): return Rows((n,W.shape[1:].numel()), lambda i: W[i].map(lambda o: o.flatten(1)))
-    S = s.map(lambda o: o.expand(W.shape[1]*g).reshape(g, -1).repeat_interleave(n//g, 0).reshape(n, -1, *[1]*(len(W.shape)-2)))
-    return Rows((n,W.shape[1:].numel()), lambda i: (W[i]*Ball(S.m[i], S.r[i])).map(lambda o: o.flatten(1)))
+    S = s.map(lambda o: o.expand(W.shape[1]*g).reshape(g, -1, *[1]*(len(W.shape)-2)))
+    def of(i): return S if g==1 else S.map(lambda o: o[torch.arange(n)[i]*g//n]) # those of the groups of rows
+    return Rows((n,W.shape[1:].numel()), lambda i: (W[i]*of(i)).map(lambda o: o.flatten(1)))
 
 # %% ../nbs/14_certify.ipynb #ce27002d
 def _is_zero(b): return not b.m.any() and not b.r.any()
@@ -482,7 +490,8 @@ class Walk:
         table:Table,
         folded=False, # Are its weights rounded?
     ):
-        self.program,self.table,self.folded,self.names,self.env,self.root,self.same,self.weights,self.laws = program,table,folded,{},{},{},{},set(),Counter()
+        self.program,self.table,self.folded,self.names,self.exprs = program,table,folded,{},{}
+        self.env,self.root,self.same,self.weights,self.laws = {},{},{},set(),Counter()
 
     def name(self, n):
         "The operation of a node, whether it writes to its input or not."
@@ -494,10 +503,11 @@ class Walk:
 def expr(self:Walk, v):
     "A number of Python, or an expression of free sizes."
     if not isinstance(v, (torch.SymInt,torch.SymFloat,torch.SymBool)): return v
-    e = v.node.expr
-    if not e.free_symbols<=self.names.keys(): raise Undecided("depends on numbers in the input")
-    e = e.xreplace(self.names)
-    return int(e) if e.is_Integer else e
+    if (e := v.node.expr) not in self.exprs:
+        if not e.free_symbols<=self.names.keys(): raise Undecided("depends on numbers in the input")
+        named = e.xreplace(self.names)
+        self.exprs[e] = int(named) if named.is_Integer else named
+    return self.exprs[e]
 
 @patch
 def sizes(self:Walk, t):
@@ -515,6 +525,7 @@ def shaped(self:Walk, v, meta):
     shape = tuple(map(self.expr, meta.shape))
     def fits(b): return len(b.shape)<=len(shape) and all(n in (1,k) or not isinstance(k, int) for n,k in zip(b.shape[::-1], shape[::-1]))
     if v.raw is None and not (fits(v.s) and fits(v._t)): raise Undecided("has a law that fails: its map has other sizes")
+    if not sum(o.sum() for b in (v.s,v._t) for o in (b.m,b.r)).isfinite(): raise Undecided("needs numbers that are too large for float64")
     if v.core and v.core.shape is None: v.core.shape = shape
     core = self.table.find(('expand',shape,v.core.id))[0] if v.core and v.core.shape!=shape else v.core # what was added or multiplied was larger
     if core: core.shape = shape
@@ -611,8 +622,8 @@ def write(self:Walk, n):
     if others or not isinstance(x, Node) or self.root[x]&self.weights: raise told(Undecided("writes to a weight, or to several values"), n)
     self.same[n] = self.same.get(x, x)
     for o in [*self.env]:
-        if self.same.get(o, o) is self.same[n]: self.env[o] = self.env[n]
-        elif self.root[o]&self.root[n]: self.env[o] = told(Undecided("has the memory of what is written to"), n)
+        if self.root[o].isdisjoint(self.root[n]): continue
+        self.env[o] = self.env[n] if self.same.get(o, o) is self.same[n] else told(Undecided("has the memory of what is written to"), n)
 
 @patch
 def node(self:Walk, n):
@@ -1278,16 +1289,22 @@ def _witness(original, folded):
 # %% ../nbs/14_certify.ipynb #ce270083
 def _model(o): return o if isinstance(o, ExportedProgram) else unwrap(o if isinstance(o, nn.Module) else getattr(o, 'model', o))
 
+def _retypes(m): return (type(m).__module__,type(m).__name__)==('fastai.layers','ToTensorBase')
+
 @contextmanager
-def _contiguous(model):
-    "`model` with weights in one memory format, for a while."
+def _plain(model):
+    "`model` with weights in one memory format, and without layers that only change a type, for a while."
     old = [(t, t.data) for t in (*model.parameters(),*model.buffers()) if t.layout is torch.strided and not t.is_contiguous()]
+    gone = [(m, k, o) for m in model.modules() for k,o in m.named_children() if _retypes(o)]
     try:
         for t,data in old: t.data = data.contiguous()
+        for m,k,_ in gone: m._modules[k] = nn.Identity()
         yield
     finally:
         for t,data in old: t.data = data
+        for m,k,o in gone: m._modules[k] = o
 
+# %% ../nbs/14_certify.ipynb #ce270088
 def _exported(model, sample, free):
     "`model` as a program, in which the dimensions are free for which `free` is true, a function of the position of a tensor and the dimension."
     args,kwargs = sample.copied()
@@ -1296,7 +1313,7 @@ def _exported(model, sample, free):
         k = next(i)
         return {d:Dim.AUTO if free(k, d) else Dim.STATIC for d in range(t.dim())} if isinstance(t, Tensor) else None
     shapes = tree_map(one, dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments))
-    with preserved(model), _contiguous(model): return interruptible(torch.export.export, model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    with preserved(model), _plain(model): return interruptible(torch.export.export, model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 def _freed(p):
     "What is free in a program, as such a function."

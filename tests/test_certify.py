@@ -4,8 +4,10 @@
 import copy, json, os, random, re
 from functools import lru_cache, partial
 import pytest, torch, torch.nn.functional as F, torchvision
+from fastai.layers import ConvLayer
 from fastai.tabular.model import TabularModel
-from fastai.vision.learner import create_vision_model
+from fastai.vision.learner import Learner, create_vision_model
+from fastai.vision.models.unet import DynamicUnet
 from torch import nn
 from torch.export import export
 import fasterfold.certify as room
@@ -15,7 +17,7 @@ from fasterfold.sample import Sample
 from fasterfold.state import FoldError
 from helpers import *
 import fasterfold.export, fasterfold.learner, fasterfold.report # give learners what they fold by, chkstyle: ignore
-from learners import KINDS
+from learners import KINDS, MaskBlock, images, mask
 from test_cli import assert_refused, call
 from test_package import imports_of, root
 from test_properties import inputs, network, rounding
@@ -296,6 +298,26 @@ def test_numbers_that_are_none():
         res = certify(net, copy.deepcopy(net), torch.randn(2, 3))
         assert res.verdict=='not decided' and 'not finite' in res.why
 
+def test_numbers_that_cancel():
+    "Rows of which rounding is all that is left: they are near zero, and nothing else is a multiple of them."
+    W,V,U = (image(3, 4) for _ in range(3))
+    Z = -(W+V)
+    Z[0],Z[1:] = 2*Z[0]+.1,Z[1:]*(1+2**-52)
+    def three(m, x): return F.linear(x, m.w)+F.linear(x, m.v)+F.linear(x, m.z)
+    a,x = Fn(three, **{k:nn.Parameter(t) for k,t in dict(w=W, v=V, z=Z).items()}),image(2, 4)
+    for rest in (U,1e-6*U,0*U):
+        new = (W+V+Z).where(torch.arange(3)[:,None]==0, rest)
+        assert certify(a, Fn(lambda m,x: F.linear(x, m.w), w=nn.Parameter(new)), x).proved==(not rest.any())
+
+def test_numbers_that_are_too_large():
+    "Which float64 cannot tell apart any more."
+    def make(k, w): return Fn(lambda m,x: F.linear(x*m.a*m.a, m.w), a=nn.Parameter(image(1)*0+k), w=nn.Parameter(w))
+    w,x = image(3, 4),image(2, 4)
+    for k in (1e200,1e150): not_proved(make(k, w), make(k, 2*w), x)
+    res = certify(make(1e200, w), make(1e200, w), x)
+    assert res.verdict=='not decided' and 'too large' in res.why
+    for k in (1e150,1e300): not_proved(*(Fn(lambda m,x: F.linear(x, m.w*m.a), a=nn.Parameter(image(1)*0+1e150), w=nn.Parameter(w*k*f)) for f in (1,2)), x)
+
 def test_random_numbers():
     for f in (lambda m,x: F.dropout(x, .5, True),lambda m,x: x+torch.rand_like(x),lambda m,x: x+torch.empty_like(x),
         lambda m,x: F.scaled_dot_product_attention(x, x, x, dropout_p=.5)):
@@ -447,3 +469,15 @@ def test_learners_ask_for_one(tmp_path, monkeypatch):
         certify(learn.model, learn.model, learn.dls.valid.one_batch()[0])
         assert {n:(t.stride(),t.data_ptr()) for n,t in learn.model.named_parameters()}==weights
         learn.unfold()
+
+def test_unets_have_one(tmp_path, monkeypatch):
+    "Layers of fastai that give a tensor another type are left out while it is exported, and are there again."
+    monkeypatch.setattr('fasterfold.learner.report', partial(fasterfold.report.report, seconds=.001))
+    dls = images(tmp_path, MaskBlock(codes=['paper','ink']), n=8, bs=4, get_y=mask)
+    net = DynamicUnet(nn.Sequential(ConvLayer(3, 8, stride=2), ConvLayer(8, 16, stride=2)), 2, (32,32))
+    learn = Learner(dls, randomize_norms(net))
+    before,kinds = copy.deepcopy(net),[type(m).__name__ for m in net.modules()]
+    res = learn.fold(certify=True)
+    assert res.plan.folded and res.certificate.proved, res.certificate
+    proved(before, learn, dls.valid.one_batch()[0])
+    assert 'ToTensorBase' in kinds and [type(m).__name__ for m in before.modules()]==kinds
