@@ -1,29 +1,34 @@
 """Certificates: the laws by brute force, folds that are right, folds that are wrong on purpose, and networks at random.
 
-`CERTIFY=1` also takes large models, and many more random networks and changed weights, which takes an hour."""
-import copy, json, os, random, re
+`CERTIFY=1` also takes large models, all samples that PyTorch has for the operations of the laws, and thousands of changed weights, which takes
+an hour; `CERTIFY=20000` also takes that many random networks, which takes a day. What was found is printed: `-s` shows it."""
+import copy, json, os, random, re, sys, types, unittest
+from collections import Counter
 from functools import lru_cache, partial
-import pytest, torch, torch.nn.functional as F, torchvision
+import pytest, timm, torch, torch.nn.functional as F, torchvision
 from fastai.layers import ConvLayer
 from fastai.tabular.model import TabularModel
-from fastai.vision.learner import Learner, create_vision_model
+from fastai.vision.learner import Learner, create_vision_model, load_learner
 from fastai.vision.models.unet import DynamicUnet
 from torch import nn
 from torch.export import export
 import fasterfold.certify as room
+from fasterfold.affine import Affine
 from fasterfold.certify import Certificate, Table, Walk, certify
 from fasterfold.fold import BN_Folder
+from fasterfold.rules import PULL, PUSH
 from fasterfold.sample import Sample
 from fasterfold.state import FoldError
 from helpers import *
 import fasterfold.export, fasterfold.learner, fasterfold.report # give learners what they fold by, chkstyle: ignore
 from learners import KINDS, MaskBlock, images, mask
-from test_cli import assert_refused, call
+from test_cli import assert_refused, box, call, exported # which are fixtures, too, chkstyle: ignore
 from test_package import imports_of, root
 from test_properties import inputs, network, rounding
 
 pytestmark = pytest.mark.filterwarnings('ignore')
-long = bool(os.environ.get('CERTIFY'))
+how_long = int(os.environ.get('CERTIFY') or 0)
+long = how_long>0
 
 def program(model, *xs, free=True): return room._exported(model, Sample(xs), lambda i,d: free)
 
@@ -115,6 +120,87 @@ def test_linear_laws(kind):
         with torch.no_grad(): p.view(-1)[0] += 1e-3*p.abs().max()
         assert not certify(net, changed, x).proved
 
+# ---- The laws, on samples that PyTorch has for its own tests
+
+def op_infos():
+    "What PyTorch tests operations with."
+    none = 'expecttest' not in sys.modules # which that asks for, for a base class of other tests
+    if none: sys.modules['expecttest'] = types.SimpleNamespace(TestCase=unittest.TestCase)
+    try: from torch.testing._internal.common_methods_invocations import op_db
+    finally:
+        if none: del sys.modules['expecttest']
+    return op_db
+
+def op_samples():
+    "By law, pairs of an operation as a function and an input for it, of two dimensions or more."
+    res = {}
+    for op in op_infos():
+        short = op.name.removeprefix('nn.functional.')
+        own = {op.aten_name,short.split('.')[-1],*([k for k in room.LAWS if k.startswith('upsample')] if short in ('interpolate','upsample_bilinear','upsample_nearest') else ())}&room.LAWS.keys()
+        if not own or torch.float64 not in op.dtypes: continue
+        for o in op.sample_inputs('cpu', torch.float64):
+            x,rest = (o.input[0],o.input[1:]) if isinstance(o.input, (list,tuple)) and o.input else (o.input,None)
+            if not isinstance(x, torch.Tensor) or x.dim()<2 or not x.numel() or not x.is_floating_point() or x.layout is not torch.strided: continue
+            def f(x, op=op.op, o=o, rest=rest): return op(x if rest is None else [x,*rest], *o.args, **o.kwargs)
+            res.setdefault(min(own), []).append((f,x.detach().contiguous()))
+    return res
+
+def real(t): return isinstance(t, torch.Tensor) and t.is_floating_point()
+
+def beside(y, s, x):
+    "The factors `s` of channels of `x` for `y`, as far as that has these channels."
+    return s.reshape(-1, *[1]*(y.dim()-2)) if y.dim()>1 and y.shape[1]==x.shape[1] else s.mean()
+
+WAYS = dict(same=lambda f,x,s,t: f(x*s+t), outside=lambda f,x,s,t: [y*beside(y, s, x)+beside(y, t, x) for y in outs(f(x))],
+    scaled=lambda f,x,s,t: [y*beside(y, s, x) for y in outs(f(x+t/s))], twice=lambda f,x,s,t: [y/2 for y in outs(f(2*(x*s+t)))],
+    opposite=lambda f,x,s,t: [-y for y in outs(f(-(x*s+t)))], shifted=lambda f,x,s,t: [y-1 for y in outs(f(x*s+t+1))], other=lambda f,x,s,t: f(x*s+t*1.01))
+def outs(y): return [t for t in (y if isinstance(y, (list,tuple)) else [y]) if real(t)]
+
+def agrees(ys, zs):
+    "Are these the same numbers, but for rounding?"
+    def near(y, z): return torch.allclose(y, z, 1e-9, 1e-9*z.nan_to_num(0, 0, 0).norm().item(), True)
+    return len(ys)==len(zs) and all(y.shape==z.shape and y.dtype==z.dtype and near(y, z) for y,z in zip(ys, zs))
+
+def ways_of(some, kind):
+    "Which ways to write `f(s·x + t)` are proved to be the same for pairs of `some`, and which are."
+    g = torch.Generator().manual_seed(0)
+    def drawn(x, i):
+        v = torch.rand((1 if kind=='same' else x.shape[1],*[1]*(x.dim()-2)), generator=g, dtype=torch.float64)+.5
+        return v if i or kind=='positive' else v*(1-2*(torch.arange(len(v))%2)).reshape(v.shape)
+    held = [[drawn(x, i) for i in (0,1)] for _,x in some]
+    nets = [Fn(lambda m,*xs,ways=ways: [outs(WAYS[k](f, x, *st)) for (f,_),x,st in zip(some, xs, held) for k in ways]) for ways in (['same'],WAYS)]
+    xs = [x for _,x in some]
+    with torch.no_grad(): ran = [[net(*(c*x for x in xs)) for net in nets] for c in (1,3,-1)]
+    same = {(i,k):all(agrees(a[i], b[i*len(WAYS)+j]) for a,b in ran) for i in range(len(some)) for j,k in enumerate(WAYS)}
+    table,ends = Table(),[]
+    for net in nets:
+        w = Walk(program(net, *xs), table, folded=net is nets[1]).run()
+        it = iter(w.program.graph.output_node().args[0])
+        def end(n):
+            try: return table.read(v := w.value(n)).core.id,v.shape,str(v.dtype)
+            except room.Undecided: return None
+        ends.append([[end(next(it)) for _ in o] for o in ran[0][len(ends)]])
+    return {(i,k):(None not in (a := ends[0][i]) and a==ends[1][i*len(WAYS)+j],same[i,k]) for i in range(len(some)) for j,k in enumerate(WAYS)}
+
+def test_samples_of_pytorch():
+    "None of the ways is proved that numbers show to be another function."
+    found,rng = Counter(),random.Random(0)
+    every = op_samples()
+    for law in sorted(every) if long else rng.sample(sorted(every), 8):
+        pairs = [o for o in (every[law] if len(every[law])<100 else every[law][::len(every[law])//100]) if outs(o[0](o[1]))]
+        for i in range(0, len(pairs), 4) if long else range(min(1, len(pairs))):
+            for kind in ('mixed','positive','same') if long else ['mixed']:
+                try: res = ways_of(pairs[i:i+4] if long else pairs[:2], kind)
+                except Exception as e:
+                    found[f'failed: {law} {type(e).__name__} {str(e)[:60]}'] += 1
+                    continue
+                for (j,k),(said,true) in res.items():
+                    assert true or not said, (law,kind,i+j,k)
+                    found[f"{'the same' if true else 'another function'}, {'proved' if said else 'not proved'}"] += 1
+                    if k=='same' and not said: found[f'not decided: {law}'] += 1
+    print(found)
+    assert found['the same, proved']>found['the same, not proved']
+
 # ---- Folds that are right
 
 class Blocks(nn.Module):
@@ -178,13 +264,37 @@ def changes(n, model, seed=0):
         with torch.no_grad(): p.view(-1)[i] += rng.choice((1,-1))*rng.uniform(1e-3, 1e-2)*max(p.abs().max(), 1e-3)
         yield new,p,i
 
-def test_changed_weights():
-    "Of a program, which is exported once."
-    net,new,x = pair(Blocks, torch.randn(2, 3, 16, 16))
-    old,p = program(net, x),program(new, x)
-    for changed,*_ in changes(2000 if long else 40, new):
-        p.state_dict.update(changed.state_dict())
-        assert not certify(old, p).proved
+def once_more(table):
+    "A copy of `table`, to walk through one more program with."
+    new = Table()
+    new.cores,new.constants,new.byid = {k:[*v] for k,v in table.cores.items()},{k:[*v] for k,v in table.constants.items()},[*table.byid]
+    return new
+
+def ends(p, table, folded):
+    "What the program `p` returns, None where that is not decided."
+    try: return room._returned(Walk(p, table, folded).run())
+    except room.Undecided: return None
+
+def timm_model(name): return lambda: timm.create_model(name)
+CHANGED = dict(blocks=Blocks, **({} if not long else dict(tables=lambda: TabularModel([(10,6),(5,4)], 4, 2, [20,10]), **{k:timm_model(k) for k in
+    ('test_resnet','test_efficientnet','test_byobnet','test_mambaout','test_vit_relpos','starnet_s050')},
+    **{k:partial(getattr(torchvision.models, k), weights=None) for k in ('mobilenet_v3_small','shufflenet_v2_x0_5')})))
+@pytest.mark.parametrize('name', CHANGED)
+def test_changed_weights(name):
+    "All changes of single weights are refused. The original is walked through once."
+    net,new,x = pair(CHANGED[name], (torch.randint(5, (8,2)),torch.randn(8, 4)) if name=='tables' else torch.randn(2, 3, 160 if name=='test_vit_relpos' else 64, 160 if name=='test_vit_relpos' else 64))
+    old,p,table,rng = *(program(m, *(x if isinstance(x, tuple) else (x,))) for m in (net,new)),Table(),random.Random(0)
+    want = ends(old, table, False)
+    assert ends(p, once_more(table), True)==want
+    read = {n.name for n in p.graph.nodes if n.users}
+    held = [o.target for o in p.graph_signature.input_specs if o.target in p.state_dict and o.arg.name in read and p.state_dict[o.target].is_floating_point()]
+    for _ in range(1000 if long else 40):
+        right = p.state_dict[k := rng.choice(held)]
+        p.state_dict[k] = t = right.detach().clone(memory_format=torch.contiguous_format)
+        i = rng.randrange(t.numel())
+        t.view(-1)[i] += rng.choice((1,-1))*rng.uniform(1e-3, 1e-2)*max(t.abs().max().item(), 1e-3)
+        assert ends(p, once_more(table), True)!=want, (k,i)
+        p.state_dict[k] = right
 
 def test_where_it_differs():
     net,new,x = pair(Blocks, torch.randn(2, 3, 16, 16))
@@ -206,7 +316,6 @@ def test_wrong_folds():
 @pytest.mark.parametrize('rule', ['convolution','add'])
 def test_broken_rules(rule, monkeypatch):
     "Of a folder that forgets shifts."
-    from fasterfold.rules import PULL
     right = PULL[rule]
     monkeypatch.setitem(PULL, rule, lambda *args: right(*args)[:1])
     net = made(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)) if rule=='convolution'
@@ -396,27 +505,66 @@ def off(outs, refs, model, o):
     noise = rounding(model, o, refs)
     return any((a-b).nan_to_num(0, 0, 0).norm()>10*n+1e-9*b.nan_to_num(0, 0, 0).norm() for a,b,n in zip(outs, refs, noise))
 
-def random_pair(seed):
-    "A random network, folded, of which a third is changed afterwards, and whether it was."
-    rng = random.Random(seed)
-    net,sample = network(rng.randint)
+def spoiled(pairs, rng):
+    "`pairs` of values and maps, of which one is lost, without its shift, or with another scale."
+    pairs = [*pairs]
+    if not pairs: return pairs
+    i,how = rng.randrange(len(pairs)),rng.randrange(3)
+    v,a = pairs.pop(i)
+    if how: pairs.insert(i, (v,Affine(a.scale,0*a.shift) if how==1 and a.shifts else Affine(a.scale*1.25,a.shift)))
+    return pairs
+
+def broken_rule(net, sample, rng):
+    "`net`, folded by rules of which one that it needs is broken."
+    used = set()
+    def noted(rule, key): return lambda *args: (used.add(key),rule(*args))[1]
+    with pytest.MonkeyPatch.context() as m:
+        for i,rules in enumerate((PULL,PUSH)):
+            for k in [*rules]: m.setitem(rules, k, noted(rules[k], (i,k)))
+        right = BN_Folder(verify=False).fold(net, sample)
+    if not used: return right
+    i,k = rng.choice(sorted(used))
+    rule,seed = (PULL,PUSH)[i][k],rng.random()
+    def wrong(*args):
+        rng = random.Random(seed)
+        return (spoiled(res, rng) if not i else tuple(spoiled([o for o in some if o[0] is not None], rng) for some in res)) if (res := rule(*args)) else res
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem((PULL,PUSH)[i], k, wrong)
+        return BN_Folder(verify=False).fold(net, sample)
+
+def changed_weight(net, sample, rng):
     new = BN_Folder(verify=False).fold(net, sample)
-    wrong = rng.random()<.3 and any(p.numel() for p in new.parameters())
-    if wrong: new,*_ = next(changes(1, new, seed))
-    return net,new,sample,wrong
+    return next(changes(1, new, rng.random()))[0] if any(p.numel() for p in new.parameters()) else new
+
+def dropped_norm(net, sample, rng):
+    "`net` without one of its norms, folded."
+    new = copy.deepcopy(net)
+    slots = [(m,k) for m in new.modules() for k,o in m.named_children() if isinstance(o, (nn.modules.batchnorm._NormBase,nn.GroupNorm,nn.LayerNorm))]
+    if slots:
+        m,k = rng.choice(slots)
+        m._modules[k] = nn.Identity()
+    return BN_Folder(verify=False).fold(new, sample)
+
+def random_pair(seed):
+    "A random network, folded, a tenth of all wrongly."
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    net,sample = network(rng.randint)
+    how = rng.choice((broken_rule,changed_weight,dropped_norm)) if rng.random()<(.1 if long else .4) else None
+    return net,how(net, sample, rng) if how else BN_Folder(verify=False).fold(net, sample),sample,how.__name__ if how else ''
 
 def test_random_networks():
     "None is proved that other sizes show to be wrong, and most of those that are right are proved."
-    found = []
-    for seed in range(20000 if long else 8):
-        torch.manual_seed(seed)
-        net,new,sample,wrong = random_pair(seed)
+    found = Counter()
+    for seed in range(max(how_long, 200) if long else 8):
+        net,new,sample,how = random_pair(seed)
         res = certify(net, new, sample)
         assert 'has a law that fails' not in res.why, (seed,res)
-        if not wrong: found.append(res.proved)
+        found[how,res.verdict] += 1
         for o,refs in inputs(net, sample) if res.proved else ():
-            if not o.kwargs: assert not off(run(new, o), refs, net, o), seed
-    assert sum(found)>len(found)/2
+            if not o.kwargs: assert not off(run(new, o), refs, net, o), (seed,how)
+    print(found)
+    assert found['','proved']>sum(n for (how,_),n in found.items() if not how)/2
 
 # ---- The paper itself
 
@@ -453,6 +601,21 @@ def test_command(tmp_path):
     assert call('verify', b, '--check', tmp_path/'paper.json').exit_code==0 and call('verify', c, '--check', tmp_path/'paper.json').exit_code==1
     assert_refused(call('verify', a, b, '-o', tmp_path/'paper.json'), 'exists already')
     assert_refused(call('verify', a), 'two files')
+
+def test_command_for_learners(box):
+    "Two pickles, and an image to export them with."
+    learn = load_learner(box/'export.pkl')
+    learn.path = box
+    learn.fold_bn().export('folded.pkl')
+    with torch.no_grad(): learn.model[0][0][0].weight[1,1] *= 1.1
+    learn.export('changed.pkl')
+    a,b,c,paper = (box/k for k in ('export.pkl','folded.pkl','changed.pkl','paper.json'))
+    how = '--trust','--sample',box/'image.png'
+    res = call('verify', a, b, *how, '-o', paper)
+    assert res.exit_code==0 and res.stdout.startswith('Proved') and 'height' in res.stdout, res.output
+    assert call('verify', a, c, *how).exit_code==1 and call('verify', a, b, '--trust').exit_code==0
+    assert [call('verify', o, '--trust', '--check', paper).exit_code for o in (b,c)]==[0,1]
+    assert_refused(call('verify', a, b, *how[1:]), '--trust')
 
 def test_learners_ask_for_one(tmp_path, monkeypatch):
     monkeypatch.setattr('fasterfold.learner.report', partial(fasterfold.report.report, seconds=.001))
