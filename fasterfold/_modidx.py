@@ -126,6 +126,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fasterfold.certify.Walk.arguments': ('certify.html#walk.arguments', 'fasterfold/certify.py'),
                                     'fasterfold.certify.Walk.call': ('certify.html#walk.call', 'fasterfold/certify.py'),
                                     'fasterfold.certify.Walk.computed': ('certify.html#walk.computed', 'fasterfold/certify.py'),
+                                    'fasterfold.certify.Walk.drifted': ('certify.html#walk.drifted', 'fasterfold/certify.py'),
                                     'fasterfold.certify.Walk.expr': ('certify.html#walk.expr', 'fasterfold/certify.py'),
                                     'fasterfold.certify.Walk.inputs': ('certify.html#walk.inputs', 'fasterfold/certify.py'),
                                     'fasterfold.certify.Walk.name': ('certify.html#walk.name', 'fasterfold/certify.py'),

@@ -86,6 +86,7 @@ class Match:
     "How numbers agree with others."
     gap:float=0. # Largest difference, in units of what rounding allows
     by:float=0. # The same, relative to the largest number around
+    off:float=0. # Largest of these, whatever rounding allows
     at:int=0 # In which channel
     scale:Ball=None # Multiples, one a row
 
@@ -109,8 +110,10 @@ def equal(
         d,r = (x.m-y.m).abs().expand(shape),(x.r+y.r+_ulp*x.m.abs()).expand(shape)
         if not d.numel(): continue
         i = (gaps := _over(d, r)).argmax().item()
-        gap = gaps.flatten()[i].nan_to_num(float('inf'), float('inf')).item()
-        if gap>res.gap: res = Match(gap, (d.flatten()[i]/x.m.abs().max().clamp_min(1e-300)).item(), _channel(i, shape))
+        gap,by = gaps.flatten()[i].nan_to_num(float('inf'), float('inf')).item(),d/x.m.abs().max().clamp_min(1e-300)
+        off = max(res.off, by.max().item())
+        if gap>res.gap: res = Match(gap, by.flatten()[i].item(), at=_channel(i, shape))
+        res.off = off
     return res
 
 # %% ../nbs/14_certify.ipynb #ce270010
@@ -135,7 +138,7 @@ class Rows:
 
 # %% ../nbs/14_certify.ipynb #ce270012
 def _multiple(a, b):
-    "For each row of `b` by what it is a multiple of that of `a`, and how far it is off in units of what is allowed, and as such."
+    "For each row of `b` by what it is a multiple of that of `a`; how far it is off, in units of what is allowed, and relative to its largest number."
     am,bm = a.m.abs(),b.m.abs()
     none = am<=a.r
     some,empty = none.any(),none.all(1)
@@ -147,7 +150,7 @@ def _multiple(a, b):
     lo,hi = (q-wide).amax(1),(q+wide).amin(1)
     s = ((lo+hi)/2).masked_fill(empty, 0)
     d = torch.addcmul(b.m, s[:,None], known, value=-1).abs()
-    return Ball(s, ((hi-lo).clamp_min(0)/2+_ulp*s.abs()).masked_fill(empty, 0)),_over(d, r).amax(1),d
+    return Ball(s, ((hi-lo).clamp_min(0)/2+_ulp*s.abs()).masked_fill(empty, 0)),_over(d, r).amax(1),d.amax(1)/bm.amax(1).clamp_min(1e-300)
 
 def multiple(
     a:list, # `Rows`
@@ -157,11 +160,10 @@ def multiple(
     (a,),(b,) = a,b
     if a.shape!=b.shape: return Match(float('inf'), float('inf'))
     if not a.shape.numel(): return Match(scale=ZERO)
-    found = [_multiple(a[i], b[i])[:2] for i in a.slices()]
-    gaps = torch.cat([o[1] for o in found])
+    found = [_multiple(a[i], b[i]) for i in a.slices()]
+    gaps,by = (torch.cat([o[k] for o in found]) for k in (1,2))
     i = gaps.argmax().item()
-    d = _multiple(a[k := slice(i, i+1)], b[k])[2]
-    return Match(gaps[i].item(), (d.max()/b[k].m.abs().max().clamp_min(1e-300)).item(), i, Ball(*(torch.cat([getattr(o[0], k) for o in found]) for k in 'mr')))
+    return Match(gaps[i].item(), by[i].item(), by.max().item(), i, Ball(*(torch.cat([getattr(o[0], k) for o in found]) for k in 'mr')))
 
 _fits = 1+1e-6 # how far differences in units of what is allowed are themselves known
 
@@ -210,13 +212,13 @@ def number(
 # %% ../nbs/14_certify.ipynb #ce270019
 class Table:
     "All cores so far."
-    def __init__(self): self.cores,self.constants,self.byid,self.at,self.folded,self.misses,self.residue,self.radius = {},{},[],None,False,[],0.,0.
+    def __init__(self): self.cores,self.constants,self.byid,self.at,self.folded,self.misses,self.residue,self.radius,self.off = {},{},[],None,False,[],0.,0.,0.
 
     def _near(self, tried):
         "The best of pairs (`Match`, anything), and whether it is good enough."
         m,o = min(tried, key=lambda o: o[0].gap, default=(None,None))
         if not (ok := m is not None and m.gap<=_fits): return m,o,False
-        if self.folded: self.residue = max(self.residue, m.gap)
+        if self.folded: self.residue,self.off = max(self.residue, m.gap),max(self.off, m.off)
         return m,o,True
 
     def find(self, key, nums=(), match=equal, near=None):
@@ -491,7 +493,7 @@ class Walk:
         folded=False, # Are its weights rounded?
     ):
         self.program,self.table,self.folded,self.names,self.exprs = program,table,folded,{},{}
-        self.env,self.root,self.same,self.weights,self.laws = {},{},{},set(),Counter()
+        self.env,self.root,self.same,self.drift,self.weights,self.laws = {},{},{},{},set(),Counter()
 
     def name(self, n):
         "The operation of a node, whether it writes to its input or not."
@@ -624,6 +626,13 @@ def write(self:Walk, n):
     for o in [*self.env]:
         if self.root[o].isdisjoint(self.root[n]): continue
         self.env[o] = self.env[n] if self.same.get(o, o) is self.same[n] else told(Undecided("has the memory of what is written to"), n)
+        self.drift[o] = max(self.drift.get(o, 0.), self.drift[n])
+
+@patch
+def drifted(self:Walk, n):
+    "How far the node `n` may be off: what it reads, and what its own numbers were off by since the last time."
+    own,self.table.off = self.table.off,0.
+    return own+max((self.drift.get(o, 0.) for o in n.all_input_nodes), default=0.)
 
 @patch
 def node(self:Walk, n):
@@ -631,6 +640,7 @@ def node(self:Walk, n):
     except Undecided as e: self.env[n] = told(e, n)
     except Exception as e: self.env[n] = told(Undecided(f"has a law that fails ({type(e).__name__}: {e})"), n)
     self.root[n] = {r for o in _memory_of(n) for r in self.root[o]} or {n}
+    self.drift[n] = self.drifted(n)
     if isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable: self.write(n)
 
 @patch
@@ -1124,6 +1134,7 @@ class Certificate:
     laws:dict=field(default_factory=dict) # Name of a law to how often it was used
     residue:float=0. # Largest difference of two numbers, in units of what rounding allows
     radius:float=0. # How far rounding may have moved the factors and shifts, at most
+    drift:float=0. # What the differences of numbers, relative to the largest number around, add up to on the way to the outputs
     original:str='' # Hash of the weights
     folded:str='' # Hash of the weights
     seconds:dict=field(default_factory=dict) # How long it took to export both, and to compare them
@@ -1147,6 +1158,7 @@ class Certificate:
         if self.ranges: yield f"Sizes may be {', '.join(f'{k} {v}' for k,v in self.ranges.items())}."
         if rest := [g for g in self.guards if not _fixed(g)]: yield f"They must fit: {', '.join(rest)}."
         yield f"{sum(self.laws.values())} operations by {len(self.laws)} laws; no number is off by more than {self.residue:.2f} of what rounding allows."
+        yield f"On the way to the outputs that adds up to {self.drift:.1g} of their size, as far as no operation magnifies it."
 
     def __str__(self): return '\n'.join(self._lines)
     __repr__ = __str__
@@ -1243,7 +1255,7 @@ def _compared(original, folded):
     except Undecided as e:
         res.why = f"{_where(e.node)} {e}" if hasattr(e, 'node') else str(e)
         return res,None
-    res.residue,res.radius = table.residue,table.radius
+    res.residue,res.radius,res.drift = table.residue,table.radius,w.drifted(table.at)
     if ends[0]==ends[1]: res.verdict = 'proved'
     return res,_parting(w, first)
 

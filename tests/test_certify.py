@@ -26,9 +26,9 @@ from test_cli import assert_refused, box, call, exported # which are fixtures, t
 from test_package import imports_of, root
 from test_properties import inputs, network, rounding
 
-pytestmark = pytest.mark.filterwarnings('ignore')
 how_long = int(os.environ.get('CERTIFY') or 0)
 long = how_long>0
+pytestmark = [pytest.mark.filterwarnings('ignore'),*[pytest.mark.timeout(0)]*long]
 
 def program(model, *xs, free=True): return room._exported(model, Sample(xs), lambda i,d: free)
 
@@ -222,8 +222,11 @@ BIG = dict(mobilenet=lambda: torchvision.models.mobilenet_v2(weights=None), dens
 MODELS = dict(blocks=Blocks, resnet18=lambda: torchvision.models.resnet18(weights=None), **(BIG if long else {}))
 @pytest.mark.parametrize('name', MODELS)
 def test_models(name):
-    res = proved(*pair(MODELS[name], torch.randn(2, 3, 64, 64)))
+    net,new,x = pair(MODELS[name], torch.randn(2, 3, 64, 64))
+    res = proved(net, new, x)
     assert res.inputs and all(k in str(res) for k in ('batch','height','width')) and res.residue<=1+1e-6 and res.radius<1e-4
+    outs = [run(to_double(m), x.double()) for m in (new,net)]
+    assert distance(*outs)<res.drift<1e-4
 
 def test_tables():
     res = proved(*pair(lambda: TabularModel([(10,6),(5,4)], 4, 2, [20,10]), (torch.randint(5, (8,2)),torch.randn(8, 4))))
