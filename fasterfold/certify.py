@@ -708,7 +708,8 @@ def _dropout(w, a, n):
 def _full(w, a, n):
     "The same number everywhere, however large it is."
     v = 0 if 'zeros' in (k := w.name(n)) else 1 if 'ones' in k else number(a.fill_value)
-    return same_function(w, a, n) if v is None else Val(None, ZERO, v if isinstance(v, Ball) else Ball(float(v)))
+    v = v if v is None or isinstance(v, Ball) else Ball(float(v))
+    return same_function(w, a, n) if v is None or not v.m.isfinite() else Val(None, ZERO, v)
 
 # %% ../nbs/14_certify.ipynb #ce270053
 def _standard(w, a, n, key, d):

@@ -430,6 +430,14 @@ def test_numbers_that_are_too_large():
     assert res.verdict=='not decided' and 'too large' in res.why
     for k in (1e150,1e300): not_proved(*(Fn(lambda m,x: F.linear(x, m.w*m.a), a=nn.Parameter(image(1)*0+1e150), w=nn.Parameter(w*k*f)) for f in (1,2)), x)
 
+def test_masks():
+    "Infinity is no number to calculate with, and the same as itself."
+    def f(m, x): return (m.n(m.l(x))+torch.full_like(x, m.v).triu(1)).softmax(-1)
+    net = made(lambda: Fn(f, l=nn.Linear(3, 3), n=nn.BatchNorm1d(3), v=float('-inf')))
+    proved(net, new := BN_Folder(verify=False).fold(net, x := torch.randn(2, 3, 3)), x)
+    new.v = -1e30
+    not_proved(net, new, x)
+
 def test_random_numbers():
     for f in (lambda m,x: F.dropout(x, .5, True),lambda m,x: x+torch.rand_like(x),lambda m,x: x+torch.empty_like(x),
         lambda m,x: F.scaled_dot_product_attention(x, x, x, dropout_p=.5)):
