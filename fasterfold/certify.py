@@ -30,7 +30,7 @@ from .table import styled
 # %% ../nbs/14_certify.ipynb #ce270006
 _ulp = 2.**-50 # what float64 does to a number in the few steps of a law, and in those of a fold
 
-def _wide(t): return t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
+def _wide(t): return t.double() if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
 
 class Ball:
     "Numbers that are known to within a radius, in float64."

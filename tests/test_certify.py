@@ -430,6 +430,14 @@ def test_numbers_that_are_too_large():
     assert res.verdict=='not decided' and 'too large' in res.why
     for k in (1e150,1e300): not_proved(*(Fn(lambda m,x: F.linear(x, m.w*m.a), a=nn.Parameter(image(1)*0+1e150), w=nn.Parameter(w*k*f)) for f in (1,2)), x)
 
+def test_small_differences():
+    "All is calculated in float64, whatever a factor goes through first."
+    c,k,x = nn.Conv1d(3, 4, 1).double(),nn.Parameter(image(4, 1)),image(2, 3, 5)
+    for f in (lambda m,x: m.c(x)*m.v,lambda m,x: (m.c(x)+x[:,:1].sigmoid())*m.v,lambda m,x: (m.c(x)*m.k).relu()*m.v,lambda m,x: m.c(x).mean(2)*m.v):
+        a,b = (Fn(f, c=c, k=k, v=v) for v in (.1,.1+1e-9))
+        not_proved(a, b, x)
+        proved(a, a, x)
+
 def test_masks():
     "Infinity is no number to calculate with, and the same as itself."
     def f(m, x): return (m.n(m.l(x))+torch.full_like(x, m.v).triu(1)).softmax(-1)
