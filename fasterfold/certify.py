@@ -628,6 +628,7 @@ def write(self:Walk, n):
         self.env[o] = self.env[n] if self.same.get(o, o) is self.same[n] else told(Undecided("has the memory of what is written to"), n)
         self.drift[o] = max(self.drift.get(o, 0.), self.drift[n])
 
+# %% ../nbs/14_certify.ipynb #ce27008a
 @patch
 def drifted(self:Walk, n):
     "How far the node `n` may be off: what it reads, and what its own numbers were off by since the last time."
