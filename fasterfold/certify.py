@@ -315,7 +315,10 @@ def _batch_norm(w, a, n):
     "γ(x-μ)/√(v+ε) + β: a map, if nothing of it is computed from the input."
     x,v = a.first,number(a.running_var)
     if v is None and a.running_var is None and a.running_mean is None: return same_function(w, a, n)
-    if a.training or a.use_input_stats: raise Undecided("writes the statistics of its input to its own")
+    if a.training or a.use_input_stats:
+        why = Undecided("writes the statistics of its input to its own")
+        w.env.update({o:why for o in n.all_input_nodes if o in w.weights}) # which no schema tells
+        raise why
     g,b,mean = _constant(a.weight, ONE),_constant(a.bias, ZERO),number(a.running_mean)
     if any(o is None for o in (g,b,mean,v)): return same_function(w, a, n)
     if not (v.m+a.eps-v.r>0).all(): raise Undecided("divides by the root of a number that is not positive")
@@ -1217,7 +1220,7 @@ def _returned(w):
         if not isinstance(v, Node): return v
         v = w.value(v)
         return (w.table.read(v).core.id,v.shape,str(v.dtype)) if isinstance(v, Val) else str(v)
-    written = [n for n in w.root if n.op=='placeholder' and n not in w.weights] # what is written to an input is seen, too
+    written = [n for n in w.root if n.op=='placeholder' and (n not in w.weights or isinstance(w.env[n], Undecided))] # what is written to an input is seen, too
     return [one(v) for v in (*w.program.graph.output_node().args[0],*written)]
 
 def _parting(w, first):
