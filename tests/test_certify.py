@@ -177,7 +177,7 @@ def ways_of(some, kind):
     same = {(i,k):all(agrees(a[i], b[i*len(WAYS)+j]) for a,b in ran) for i in range(len(some)) for j,k in enumerate(WAYS)}
     table,ends = Table(),[]
     for net in nets:
-        w = Walk(program(net, *xs), table, folded=net is nets[1]).run()
+        w = Walk(program(net, *xs, free=False), table, folded=net is nets[1]).run()
         it = iter(w.program.graph.output_node().args[0])
         def end(n):
             try: return table.read(v := w.value(n)).core.id,v.shape,str(v.dtype)
@@ -190,17 +190,16 @@ def test_samples_of_pytorch():
     found,rng = Counter(),random.Random(0)
     every = op_samples()
     for law in sorted(every) if long else rng.sample(sorted(every), 8):
-        pairs = [o for o in (every[law] if len(every[law])<100 else every[law][::len(every[law])//100]) if outs(o[0](o[1]))]
-        for i in range(0, len(pairs), 4) if long else range(min(1, len(pairs))):
-            for kind in ('mixed','positive','same') if long else ['mixed']:
-                try: res = ways_of(pairs[i:i+4] if long else pairs[:2], kind)
-                except Exception as e:
-                    found[f'failed: {law} {type(e).__name__} {str(e)[:60]}'] += 1
-                    continue
-                for (j,k),(said,true) in res.items():
-                    assert true or not said, (law,kind,i+j,k)
-                    found[f"{'the same' if true else 'another function'}, {'proved' if said else 'not proved'}"] += 1
-                    if k=='same' and not said: found[f'not decided: {law}'] += 1
+        pairs = [o for o in every[law][::1+len(every[law])//100] if outs(o[0](o[1]))]
+        for i in range(0, len(pairs) if long else 1, 4):
+            try: res = ways_of(pairs[i:i+4] if long else pairs[:2], ('mixed','positive','same')[i//4%3])
+            except Exception as e:
+                found[f'failed: {law} {type(e).__name__} {str(e)[:60]}'] += 1
+                continue
+            for (j,k),(said,true) in res.items():
+                assert true or not said, (law,i+j,k)
+                found[f"{'the same' if true else 'another function'}, {'proved' if said else 'not proved'}"] += 1
+                if k=='same' and not said: found[f'not decided: {law}'] += 1
     print(found)
     assert found['the same, proved']>found['the same, not proved']
 
