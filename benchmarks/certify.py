@@ -4,38 +4,76 @@ Models, weights and limits are those of `zoo.py`. README.md here says what is co
 import os
 for o in 'OMP','MKL','OPENBLAS': os.environ[f'{o}_NUM_THREADS'] = '1' # before torch, so that seconds are those of one core
 
-import json, time, warnings, zlib
+import json, re, subprocess, tempfile, time, warnings, zlib
 from collections import Counter
 from pathlib import Path
 
 import torch
 from fastcore.script import call_parse
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+import fasterfold.certify
 from common import described, environment, hostile, results, save, table
 from fasterfold.certify import certify
 from fasterfold.fold import BN_Folder
+from fasterfold.sample import Sample
 from fasterfold.state import FoldError
 from zoo import Entry, collections, in_fork
+
+fasterfold.certify.default_timer = time.process_time # seconds of one core, whatever else runs on the machine
+
+def folded(
+    entry:Entry
+) -> tuple: # The model, the same folded, its sample, and the plan
+    "A model of the zoo with the weights it has each time"
+    seed = zlib.crc32(entry.key.encode())
+    torch.manual_seed(seed)
+    model,sample = entry.build()
+    hostile(model.eval(), sample, seed)
+    folder = BN_Folder()
+    return model,folder.fold(model, sample),sample,folder.result
 
 def measure(
     entry:Entry,
     limit:float # Millions of parameters
 ) -> dict: # A row of results, None if the model is larger
     "Fold a model of the zoo, and ask for a certificate"
-    seed = zlib.crc32(entry.key.encode()) # the same weights each time
-    torch.manual_seed(seed)
-    model,sample = entry.build()
-    res = dict(model=entry.key, params=sum(o.numel() for o in model.parameters()))
+    res = dict(model=entry.key, params=sum(o.numel() for o in entry.build()[0].parameters()))
     if res['params']>limit*1e6: return None
-    hostile(model.eval(), sample, seed)
-    folder = BN_Folder()
-    try: new = folder.fold(model, sample)
+    try: model,new,sample,plan = folded(entry)
     except FoldError as e: return dict(res, verdict='not folded', why=str(e)[:200])
     cert = certify(model, new, sample)
     exports = not cert.why.startswith('it cannot be exported')
-    return dict(res, norms=len(folder.result.folded), kept=len(folder.result.kept), exports=exports, free=sorted(cert.ranges), verdict=cert.verdict,
-        why=cert.why[:300], operations=sum(cert.laws.values()), residue=cert.residue, radius=cert.radius, **cert.seconds)
+    return dict(res, norms=len(plan.folded), kept=len(plan.kept), exports=exports, free=sorted(cert.ranges), verdict=cert.verdict,
+        why=cert.why[:300], operations=sum(cert.laws.values()), residue=cert.residue, radius=cert.radius, drift=cert.drift, **cert.seconds)
+
+# Run by a Python that has onnxsim, with the folder of both files: its prover wants bounds for inputs, and may take a minute
+PROVER = """
+import json, sys, time, onnx
+from onnxsim.certify import certify
+a,b = (onnx.load(f'{sys.argv[1]}/{k}.onnx') for k in 'ab')
+start = time.process_time()
+res = certify(a, b, input_ranges={i.name:(-3,3) for i in a.graph.input}, total_timeout_ms=60000)
+why = '' if res.ok else next(w.detail for w in res.windows if w.status in ('skipped','refuted'))
+print(json.dumps(dict(proved=res.ok, refuted='refuted' in res.outputs.values(), why=why, seconds=time.process_time()-start)))
+"""
+
+def ask_onnxsim(
+    entry:Entry,
+    python:str # A Python that has it
+) -> dict: # What it says
+    "Have onnxsim's prover compare a model of the zoo and the same folded, as ONNX of one size"
+    model,new,sample,_ = folded(entry)
+    args,kwargs = Sample.of(sample).copied()
+    with tempfile.TemporaryDirectory() as d:
+        for k,m in dict(a=model, b=new).items():
+            with torch.no_grad(): n = len(tree_leaves(m(*args, **kwargs)))
+            torch.onnx.export(m, args, f'{d}/{k}.onnx', kwargs=kwargs, dynamo=True, optimize=False, external_data=False, verbose=False,
+                input_names=[f'in{i}' for i in range(len(args)+len(kwargs))], output_names=[f'out{i}' for i in range(n)])
+        res = json.loads(subprocess.run([python, '-c', PROVER, d], capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    said = re.sub(r'^(input \S+ ~ \S+: )+', '', res['why'])
+    return dict(res, why=re.split(r'[;(]', said)[0].strip()[:100])
 
 def counts(
     rows:list # As in certify.json
@@ -44,8 +82,11 @@ def counts(
     folded = [r for r in rows if r.get('norms')]
     exported = [r for r in folded if r['exports']]
     free = [r for r in exported if r['free']]
+    asked = [r['onnxsim'] for r in folded if 'proved' in r.get('onnxsim', ())]
+    other = [('shown to onnxsim, of one size and for inputs from -3 to 3',len(asked)), ('proved by onnxsim',sum(o['proved'] for o in asked)),
+        ('said by onnxsim to be not the same',sum(o['refuted'] for o in asked))]
     return [('with norms that fold',len(folded)), ('can be exported',len(exported)), ('with free sizes',len(free)),
-        ('proved for all of those sizes',sum(r['verdict']=='proved' for r in free)), ('said to be not the same',sum(r['verdict']=='not the same' for r in folded))]
+        ('proved for all of those sizes',sum(r['verdict']=='proved' for r in free)), ('said to be not the same',sum(r['verdict']=='not the same' for r in folded)), *other*bool(asked)]
 
 def page(
     res:dict # As in certify.json
@@ -54,14 +95,16 @@ def page(
     rows = [r for r in res['certificates'] if r.get('norms')]
     out = [(r['model'],f"{r['params']/1e6:.1f}",r['norms'],r['kept'],', '.join(r['free']),r['verdict'],f"{r['export']:.1f}",f"{r['proof']:.2f}") for r in rows]
     why = Counter(r['why'].split(' (')[0][:80] for r in rows if r['verdict']!='proved')
+    other = Counter(r['onnxsim']['why'] for r in rows if not r.get('onnxsim', {}).get('proved', True))
     return '\n\n'.join(['# Certificates', f"{described(res['environment'])}. What each column counts is in benchmarks/README.md.", table(['models','how many'], counts(res['certificates'])),
-        table(['not proved because','models'], why.most_common()), table(['model','M parameters','folded','kept','free','verdict','s to export both','s to compare'], out)]) + '\n'
+        table(['not proved because','models'], why.most_common()), *[table(['not proved by onnxsim because','models'], other.most_common())]*bool(other), table(['model','M parameters','folded','kept','free','verdict','s to export both','s to compare'], out)]) + '\n'
 
 @call_parse
 def main(
     limit:float=8, # Millions of parameters above which a model is left out
     minutes:float=15, # When to stop
     only:str='', # Names of models, comma-separated; by default all, collections in turns
+    onnxsim:str='', # A Python that has onnxsim, z3-solver and onnxruntime, whose prover is asked about the models that have been measured
     out:Path=results/'certify.json', # File to write; a page goes beside it
 ):
     "Ask for a certificate of each model, and write docs/results/certify.json and certify.md"
@@ -78,4 +121,9 @@ def main(
         if 'over' in row: row = dict(model=entry.key, verdict='over', why=str(row['over'])[:200])
         others = [r for r in res['certificates'] if r['model']!=entry.key]
         res['certificates'] = sorted([*others,row], key=lambda r: r['model'])
+        save(out, res, page)
+    entries = {e.key:e for e in todo}
+    for row in tqdm([r for r in res['certificates'] if onnxsim and r.get('norms') and r['model'] in entries and 'onnxsim' not in r]):
+        if time.time()>end: break
+        row['onnxsim'] = in_fork(lambda: ask_onnxsim(entries[row['model']], onnxsim))
         save(out, res, page)

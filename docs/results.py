@@ -228,7 +228,10 @@ def certify_part(d:dict|None)->str:
     if not rows: return 'No model has been measured yet.'
     said = (f"Of {len(rows)} models of which norms fold, {sum(r['exports'] for r in rows)} can be exported, {len(free)} of them with free sizes, and of those {len(done)} ({len(done)/max(len(free), 1):.0%}) are "
         f"proved to compute the same for every input of all those sizes. {sum(r['verdict']=='not the same' for r in rows)} are said to be not the same. Exporting both models took {seconds(statistics.median(r['export'] for r in rows))}, "
-        f"comparing them {seconds(statistics.median(r['proof'] for r in rows))}, at the median.")
+        f"comparing them {seconds(statistics.median(r['proof'] for r in rows))}, at the median, of one core.")
+    if asked := [r['onnxsim'] for r in rows if 'proved' in r.get('onnxsim', ())]:
+        said += (f" [onnxsim](https://github.com/onnxsim/onnxsim) has a prover by SMT for its own simplifications. Shown {len(asked)} of these pairs as ONNX files of one size, for inputs from -3 to 3, "
+            f"it proves {sum(o['proved'] for o in asked)}, says of {sum(o['refuted'] for o in asked)} that they are not the same, and leaves the others open, mostly since a part is too large to be solved.")
     out = [[r['model'], r['norms'], ', '.join(r['free']), r['verdict'], f"{r['export']:.1f}", f"{r['proof']:.2f}", r['why'] if r['verdict']!='proved' else ''] for r in rows]
     return '\n\n'.join([described(d['environment'])+'. '+again('certify.py'), said, details(f'{len(rows)} models', ['model','norms folded','free','verdict','s to export both','s to compare','why'], out, {1,4,5})])
 

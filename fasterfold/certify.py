@@ -30,7 +30,7 @@ from .table import styled
 # %% ../nbs/14_certify.ipynb #ce270006
 _ulp = 2.**-50 # what float64 does to a number in the few steps of a law, and in those of a fold
 
-def _wide(t): return t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
+def _wide(t): return t.double() if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
 
 class Ball:
     "Numbers that are known to within a radius, in float64."
@@ -39,15 +39,15 @@ class Ball:
         r=0., # How far the exact ones may be from them
     ): self.m,self.r = _wide(m),_wide(r)
     @property
-    def shape(self): return torch.broadcast_shapes(self.m.shape, self.r.shape)
+    def shape(self): return self.m.shape if self.r.shape in ((),self.m.shape) else torch.broadcast_shapes(self.m.shape, self.r.shape) # that is slow
     def map(self, f): return Ball(f(self.m.expand(self.shape)), f(self.r.expand(self.shape)))
     def __neg__(self): return Ball(-self.m, self.r)
     def __abs__(self): return Ball(self.m.abs(), self.r)
     def __add__(self, o): return Ball(self.m+o.m, self.r+o.r+_ulp*torch.maximum(self.m.abs(), o.m.abs()))
     def __sub__(self, o): return self+-o
     def __mul__(self, o):
-        m = self.m*o.m
-        return Ball(m, self.m.abs()*o.r+(o.m.abs()+o.r)*self.r+_ulp*m.abs())
+        a = o.m.abs()
+        return Ball(self.m*o.m, self.m.abs()*(o.r+_ulp*a)+(a+o.r)*self.r)
     def inv(self):
         "1/self, which must not contain 0."
         m,near = 1/self.m,self.m.abs()-self.r
@@ -75,7 +75,8 @@ def stored(
     if not t.is_floating_point() and (m.abs()>=2**53).any(): raise Undecided("holds integers that float64 cannot tell apart")
     if not rounded or not t.is_floating_point(): return Ball(m)
     info = torch.finfo(t.dtype)
-    return Ball(m, (info.eps/2+_ulp)*m.abs() + (info.smallest_normal if t.dtype is not torch.float16 else info.eps*info.smallest_normal)) # a fold writes no subnormals
+    least = info.smallest_normal if t.dtype is not torch.float16 else info.eps*info.smallest_normal # a fold writes no subnormals
+    return Ball(m, m.abs().mul_(info.eps/2+_ulp).add_(least))
 
 class Undecided(Exception): "Where a certificate ends, and why."
 
@@ -85,10 +86,11 @@ class Match:
     "How numbers agree with others."
     gap:float=0. # Largest difference, in units of what rounding allows
     by:float=0. # The same, relative to the largest number around
+    off:float=0. # Largest of these, whatever rounding allows
     at:int=0 # In which channel
     scale:Ball=None # Multiples, one a row
 
-def _over(d, r): return torch.where(d>0, d/r, 0.) # no difference is none, whatever is allowed
+def _over(d, r): return (d/r).masked_fill_(d==0, 0) # no difference is none, whatever is allowed; what is no number is none that fits
 
 def _channel(i, shape):
     "The channel of position `i`: its place in the dimension that is longest."
@@ -108,8 +110,10 @@ def equal(
         d,r = (x.m-y.m).abs().expand(shape),(x.r+y.r+_ulp*x.m.abs()).expand(shape)
         if not d.numel(): continue
         i = (gaps := _over(d, r)).argmax().item()
-        gap = gaps.flatten()[i].item()
-        if not gap<=res.gap: res = Match(gap, (d.flatten()[i]/x.m.abs().max().clamp_min(1e-300)).item(), _channel(i, shape))
+        gap,by = gaps.flatten()[i].nan_to_num(float('inf'), float('inf')).item(),d/x.m.abs().max().clamp_min(1e-300)
+        off = max(res.off, by.max().item())
+        if gap>res.gap: res = Match(gap, by.flatten()[i].item(), at=_channel(i, shape))
+        res.off = off
     return res
 
 # %% ../nbs/14_certify.ipynb #ce270010
@@ -135,14 +139,18 @@ class Rows:
 # %% ../nbs/14_certify.ipynb #ce270012
 def _multiple(a, b):
     "For each row of `b` by what it is a multiple of that of `a`; how far it is off, in units of what is allowed, and relative to its largest number."
-    r,size,am = b.r+_ulp*b.m.abs(),b.m.abs().amax(1),a.m
-    if a.r.any(): r = r+((am*b.m).sum(1, True)/(am*am).sum(1, True).clamp_min(1e-300)).abs()*a.r
-    q,wide,none = b.m/am,r/am.abs(),a.has(0)
-    if none.any(): q,wide,am = q.masked_fill(none, 0),wide.masked_fill(none, float('inf')),am.masked_fill(none, 0)
-    lo,hi,empty = (q-wide).amax(1),(q+wide).amin(1),none.all(1)
+    am,bm = a.m.abs(),b.m.abs()
+    none = am<=a.r
+    some,empty = none.any(),none.all(1)
+    known = a.m.masked_fill(none, 0) if some else a.m
+    about = torch.linalg.vecdot(known, b.m)/torch.linalg.vecdot(known, known).clamp_min(1e-300)
+    r = b.r+_ulp*bm+about.abs().masked_fill(empty, 1)[:,None]*a.r # of a row that may be zero nothing is a multiple but what may be zero as well
+    q,wide = b.m/a.m,r/am
+    if some: q,wide = q.masked_fill_(none, 0),wide.masked_fill_(none, float('inf'))
+    lo,hi = (q-wide).amax(1),(q+wide).amin(1)
     s = ((lo+hi)/2).masked_fill(empty, 0)
-    d = torch.addcmul(b.m, s[:,None], am, value=-1).abs()
-    return Ball(s, ((hi-lo).clamp_min(0)/2+_ulp*s.abs()).masked_fill(empty, 0)),_over(d, r).amax(1),d.amax(1)/size.clamp_min(1e-300)
+    d = torch.addcmul(b.m, s[:,None], known, value=-1).abs()
+    return Ball(s, ((hi-lo).clamp_min(0)/2+_ulp*s.abs()).masked_fill(empty, 0)),_over(d, r).amax(1),d.amax(1)/bm.amax(1).clamp_min(1e-300)
 
 def multiple(
     a:list, # `Rows`
@@ -155,9 +163,10 @@ def multiple(
     found = [_multiple(a[i], b[i]) for i in a.slices()]
     gaps,by = (torch.cat([o[k] for o in found]) for k in (1,2))
     i = gaps.argmax().item()
-    return Match(gaps[i].item(), by[i].item(), i, Ball(*(torch.cat([getattr(o[0], k) for o in found]) for k in 'mr')))
+    return Match(gaps[i].item(), by[i].item(), by.max().item(), i, Ball(*(torch.cat([getattr(o[0], k) for o in found]) for k in 'mr')))
 
 _fits = 1+1e-6 # how far differences in units of what is allowed are themselves known
+
 
 # %% ../nbs/14_certify.ipynb #ce270015
 class Core:
@@ -203,13 +212,13 @@ def number(
 # %% ../nbs/14_certify.ipynb #ce270019
 class Table:
     "All cores so far."
-    def __init__(self): self.cores,self.constants,self.byid,self.at,self.folded,self.misses,self.residue,self.radius = {},{},[],None,False,[],0.,0.
+    def __init__(self): self.cores,self.constants,self.byid,self.at,self.folded,self.misses,self.residue,self.radius,self.off = {},{},[],None,False,[],0.,0.,0.
 
     def _near(self, tried):
         "The best of pairs (`Match`, anything), and whether it is good enough."
         m,o = min(tried, key=lambda o: o[0].gap, default=(None,None))
         if not (ok := m is not None and m.gap<=_fits): return m,o,False
-        if self.folded: self.residue = max(self.residue, m.gap)
+        if self.folded: self.residue,self.off = max(self.residue, m.gap),max(self.off, m.off)
         return m,o,True
 
     def find(self, key, nums=(), match=equal, near=None):
@@ -306,7 +315,10 @@ def _batch_norm(w, a, n):
     "γ(x-μ)/√(v+ε) + β: a map, if nothing of it is computed from the input."
     x,v = a.first,number(a.running_var)
     if v is None and a.running_var is None and a.running_mean is None: return same_function(w, a, n)
-    if a.training or a.use_input_stats: raise Undecided("writes the statistics of its input to its own")
+    if a.training or a.use_input_stats:
+        why = Undecided("writes the statistics of its input to its own")
+        w.env.update({o:why for o in n.all_input_nodes if o in w.weights}) # which no schema tells
+        raise why
     g,b,mean = _constant(a.weight, ONE),_constant(a.bias, ZERO),number(a.running_mean)
     if any(o is None for o in (g,b,mean,v)): return same_function(w, a, n)
     if not (v.m+a.eps-v.r>0).all(): raise Undecided("divides by the root of a number that is not positive")
@@ -353,8 +365,9 @@ def _times(W, s, g):
     "The kernel `W` of `g` groups with the factors `s` of input channels in it, in rows."
     n = len(W)
     if bool((s.m==1).all()) and not s.r.any(): return Rows((n,W.shape[1:].numel()), lambda i: W[i].map(lambda o: o.flatten(1)))
-    S = s.map(lambda o: o.expand(W.shape[1]*g).reshape(g, -1).repeat_interleave(n//g, 0).reshape(n, -1, *[1]*(len(W.shape)-2)))
-    return Rows((n,W.shape[1:].numel()), lambda i: (W[i]*Ball(S.m[i], S.r[i])).map(lambda o: o.flatten(1)))
+    S = s.map(lambda o: o.expand(W.shape[1]*g).reshape(g, -1, *[1]*(len(W.shape)-2)))
+    def of(i): return S if g==1 else S.map(lambda o: o[torch.arange(n)[i]*g//n]) # those of the groups of rows
+    return Rows((n,W.shape[1:].numel()), lambda i: (W[i]*of(i)).map(lambda o: o.flatten(1)))
 
 # %% ../nbs/14_certify.ipynb #ce27002d
 def _is_zero(b): return not b.m.any() and not b.r.any()
@@ -482,7 +495,8 @@ class Walk:
         table:Table,
         folded=False, # Are its weights rounded?
     ):
-        self.program,self.table,self.folded,self.names,self.env,self.root,self.same,self.weights,self.laws = program,table,folded,{},{},{},{},set(),Counter()
+        self.program,self.table,self.folded,self.names,self.exprs = program,table,folded,{},{}
+        self.env,self.root,self.same,self.drift,self.weights,self.laws = {},{},{},{},set(),Counter()
 
     def name(self, n):
         "The operation of a node, whether it writes to its input or not."
@@ -494,10 +508,11 @@ class Walk:
 def expr(self:Walk, v):
     "A number of Python, or an expression of free sizes."
     if not isinstance(v, (torch.SymInt,torch.SymFloat,torch.SymBool)): return v
-    e = v.node.expr
-    if not e.free_symbols<=self.names.keys(): raise Undecided("depends on numbers in the input")
-    e = e.xreplace(self.names)
-    return int(e) if e.is_Integer else e
+    if (e := v.node.expr) not in self.exprs:
+        if not e.free_symbols<=self.names.keys(): raise Undecided("depends on numbers in the input")
+        named = e.xreplace(self.names)
+        self.exprs[e] = int(named) if named.is_Integer else named
+    return self.exprs[e]
 
 @patch
 def sizes(self:Walk, t):
@@ -515,6 +530,7 @@ def shaped(self:Walk, v, meta):
     shape = tuple(map(self.expr, meta.shape))
     def fits(b): return len(b.shape)<=len(shape) and all(n in (1,k) or not isinstance(k, int) for n,k in zip(b.shape[::-1], shape[::-1]))
     if v.raw is None and not (fits(v.s) and fits(v._t)): raise Undecided("has a law that fails: its map has other sizes")
+    if not sum(o.sum() for b in (v.s,v._t) for o in (b.m,b.r)).isfinite(): raise Undecided("needs numbers that are too large for float64")
     if v.core and v.core.shape is None: v.core.shape = shape
     core = self.table.find(('expand',shape,v.core.id))[0] if v.core and v.core.shape!=shape else v.core # what was added or multiplied was larger
     if core: core.shape = shape
@@ -600,7 +616,8 @@ def pure(self:Walk, f, a):
     "Raise `Undecided` if `f` draws random numbers, or changes what nobody sees."
     tags,name = f.tags,f._schema.name
     seeded = torch.Tag.nondeterministic_seeded in tags and a.dropout_p!=0
-    if f.namespace not in ('aten','torchvision') or seeded or torch.Tag.maybe_aliasing_or_mutating in tags or 'empty' in name: raise Undecided("no law")
+    counts = any(p.name=='running_mean' for p in f._schema.arguments) # and may write that
+    if f.namespace not in ('aten','torchvision') or seeded or counts or torch.Tag.maybe_aliasing_or_mutating in tags or 'empty' in name: raise Undecided("no law")
 
 # %% ../nbs/14_certify.ipynb #ce270044
 @patch
@@ -611,8 +628,16 @@ def write(self:Walk, n):
     if others or not isinstance(x, Node) or self.root[x]&self.weights: raise told(Undecided("writes to a weight, or to several values"), n)
     self.same[n] = self.same.get(x, x)
     for o in [*self.env]:
-        if self.same.get(o, o) is self.same[n]: self.env[o] = self.env[n]
-        elif self.root[o]&self.root[n]: self.env[o] = told(Undecided("has the memory of what is written to"), n)
+        if self.root[o].isdisjoint(self.root[n]): continue
+        self.env[o] = self.env[n] if self.same.get(o, o) is self.same[n] else told(Undecided("has the memory of what is written to"), n)
+        self.drift[o] = max(self.drift.get(o, 0.), self.drift[n])
+
+# %% ../nbs/14_certify.ipynb #ce27008a
+@patch
+def drifted(self:Walk, n):
+    "How far the node `n` may be off: what it reads, and what its own numbers were off by since the last time."
+    own,self.table.off = self.table.off,0.
+    return own+max((self.drift.get(o, 0.) for o in n.all_input_nodes), default=0.)
 
 @patch
 def node(self:Walk, n):
@@ -620,6 +645,7 @@ def node(self:Walk, n):
     except Undecided as e: self.env[n] = told(e, n)
     except Exception as e: self.env[n] = told(Undecided(f"has a law that fails ({type(e).__name__}: {e})"), n)
     self.root[n] = {r for o in _memory_of(n) for r in self.root[o]} or {n}
+    self.drift[n] = self.drifted(n)
     if isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable: self.write(n)
 
 @patch
@@ -687,7 +713,8 @@ def _dropout(w, a, n):
 def _full(w, a, n):
     "The same number everywhere, however large it is."
     v = 0 if 'zeros' in (k := w.name(n)) else 1 if 'ones' in k else number(a.fill_value)
-    return same_function(w, a, n) if v is None else Val(None, ZERO, v if isinstance(v, Ball) else Ball(float(v)))
+    v = v if v is None or isinstance(v, Ball) else Ball(float(v))
+    return same_function(w, a, n) if v is None or not v.m.isfinite() else Val(None, ZERO, v)
 
 # %% ../nbs/14_certify.ipynb #ce270053
 def _standard(w, a, n, key, d):
@@ -1113,6 +1140,7 @@ class Certificate:
     laws:dict=field(default_factory=dict) # Name of a law to how often it was used
     residue:float=0. # Largest difference of two numbers, in units of what rounding allows
     radius:float=0. # How far rounding may have moved the factors and shifts, at most
+    drift:float=0. # What the differences of numbers, relative to the largest number around, add up to on the way to the outputs
     original:str='' # Hash of the weights
     folded:str='' # Hash of the weights
     seconds:dict=field(default_factory=dict) # How long it took to export both, and to compare them
@@ -1136,6 +1164,7 @@ class Certificate:
         if self.ranges: yield f"Sizes may be {', '.join(f'{k} {v}' for k,v in self.ranges.items())}."
         if rest := [g for g in self.guards if not _fixed(g)]: yield f"They must fit: {', '.join(rest)}."
         yield f"{sum(self.laws.values())} operations by {len(self.laws)} laws; no number is off by more than {self.residue:.2f} of what rounding allows."
+        yield f"On the way to the outputs that adds up to {self.drift:.1g} of their size, as far as no operation magnifies it."
 
     def __str__(self): return '\n'.join(self._lines)
     __repr__ = __str__
@@ -1192,7 +1221,7 @@ def _returned(w):
         if not isinstance(v, Node): return v
         v = w.value(v)
         return (w.table.read(v).core.id,v.shape,str(v.dtype)) if isinstance(v, Val) else str(v)
-    written = [n for n in w.root if n.op=='placeholder' and n not in w.weights] # what is written to an input is seen, too
+    written = [n for n in w.root if n.op=='placeholder' and (n not in w.weights or isinstance(w.env[n], Undecided))] # what is written to an input is seen, too
     return [one(v) for v in (*w.program.graph.output_node().args[0],*written)]
 
 def _parting(w, first):
@@ -1232,7 +1261,7 @@ def _compared(original, folded):
     except Undecided as e:
         res.why = f"{_where(e.node)} {e}" if hasattr(e, 'node') else str(e)
         return res,None
-    res.residue,res.radius = table.residue,table.radius
+    res.residue,res.radius,res.drift = table.residue,table.radius,w.drifted(table.at)
     if ends[0]==ends[1]: res.verdict = 'proved'
     return res,_parting(w, first)
 
@@ -1278,16 +1307,22 @@ def _witness(original, folded):
 # %% ../nbs/14_certify.ipynb #ce270083
 def _model(o): return o if isinstance(o, ExportedProgram) else unwrap(o if isinstance(o, nn.Module) else getattr(o, 'model', o))
 
+def _retypes(m): return (type(m).__module__,type(m).__name__)==('fastai.layers','ToTensorBase')
+
 @contextmanager
-def _contiguous(model):
-    "`model` with weights in one memory format, for a while."
+def _plain(model):
+    "`model` with weights in one memory format, and without layers that only change a type, for a while."
     old = [(t, t.data) for t in (*model.parameters(),*model.buffers()) if t.layout is torch.strided and not t.is_contiguous()]
+    gone = [(m, k, o) for m in model.modules() for k,o in m.named_children() if _retypes(o)]
     try:
         for t,data in old: t.data = data.contiguous()
+        for m,k,_ in gone: m._modules[k] = nn.Identity()
         yield
     finally:
         for t,data in old: t.data = data
+        for m,k,o in gone: m._modules[k] = o
 
+# %% ../nbs/14_certify.ipynb #ce270088
 def _exported(model, sample, free):
     "`model` as a program, in which the dimensions are free for which `free` is true, a function of the position of a tensor and the dimension."
     args,kwargs = sample.copied()
@@ -1296,7 +1331,7 @@ def _exported(model, sample, free):
         k = next(i)
         return {d:Dim.AUTO if free(k, d) else Dim.STATIC for d in range(t.dim())} if isinstance(t, Tensor) else None
     shapes = tree_map(one, dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments))
-    with preserved(model), _contiguous(model): return interruptible(torch.export.export, model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    with preserved(model), _plain(model): return interruptible(torch.export.export, model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 def _freed(p):
     "What is free in a program, as such a function."
