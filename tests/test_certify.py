@@ -145,12 +145,11 @@ def test_linear_laws(kind):
 # ---- The laws, on samples that PyTorch has for its own tests
 
 def op_infos():
-    "What PyTorch tests operations with."
-    none = 'expecttest' not in sys.modules # which that asks for, for a base class of other tests
-    if none: sys.modules['expecttest'] = types.SimpleNamespace(TestCase=unittest.TestCase)
-    try: from torch.testing._internal.common_methods_invocations import op_db
-    finally:
-        if none: del sys.modules['expecttest']
+    "What PyTorch tests operations with; what its import does to everybody, to forbid flags to be set, is not done."
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(torch.backends, 'disable_global_flags', lambda: None)
+        if 'expecttest' not in sys.modules: m.setitem(sys.modules, 'expecttest', types.SimpleNamespace(TestCase=unittest.TestCase)) # a base class of other tests
+        from torch.testing._internal.common_methods_invocations import op_db
     return op_db
 
 def op_samples():
