@@ -325,9 +325,8 @@ def _went(ax, norms, title):
         ax.barh(range(len(rows)), n, left=left, height=.7, color=_fates[fate], label='kept' if fate=='kept' else f"{fate if fate=='merged' else 'folded '+fate}")
         left += n
     for y,n in enumerate(left): ax.text(n+.01*left.max(), y, f'{n:.0f}', va='center', fontsize='small')
-    ax.set(title=title, xlabel='norm layers', yticks=range(len(rows)), yticklabels=rows, xlim=(0,1.1*left.max()))
+    ax.set(title=title, xlabel='norm layers', yticks=range(len(rows)), yticklabels=rows, xlim=(0,1.1*left.max()), ylim=(max(len(rows), 6)-.5,-.6))
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.invert_yaxis()
     ax.legend(fontsize='small', frameon=False, loc='upper left', bbox_to_anchor=(0,-.18), ncols=3, borderaxespad=0)
 
 # %% ../nbs/14_report.ipynb #9316e570

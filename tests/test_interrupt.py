@@ -61,7 +61,8 @@ class Looks:
 
 class Forks(Presses):
     "Presses Ctrl-C at all calls and returns in an operation that differ, or at all that there are, in a process that is forked for that."
-    def __init__(self, moved=lambda: None): self.moved,self.inside,self.total,self.failed,self.looks = moved,0,0,[],Looks() # `moved` is called first in each
+    def __init__(self, moved=lambda: None, share=1): # `moved` is called first in each
+        self.moved,self.share,self.inside,self.total,self.failed,self.looks,self.draw = moved,share,0,0,[],Looks(),random.Random(0).random
     @property
     def forked(self): return hasattr(self, 'at')
     def __call__(self, frame, event, arg):
@@ -71,7 +72,7 @@ class Forks(Presses):
         ours = event in ('call','return') and name.startswith('fasterfold.') and name!='fasterfold.learner' # whose methods of `Learner` pass on what fastai calls
         self.inside += ours and event=='call'
         self.looks(frame, event, arg)
-        if self.inside and (every>1 or len(self.looks.open)+self.looks.checks>known):
+        if self.inside and (every>1 or len(self.looks.open)+self.looks.checks>known) and self.draw()<self.share:
             self.total += 1
             drawn = random.getstate()
             if pid := os.fork(): self.failed += [self.total]*bool(os.waitpid(pid, 0)[1])
@@ -82,9 +83,9 @@ class Forks(Presses):
                 super().__call__(frame, 'forked', arg)
         self.inside -= ours and event=='return'
 
-def everywhere(f, verdict, moved=lambda: None):
+def everywhere(f, verdict, **kwargs):
     "`verdict` of what each process found that pressed somewhere in `f`: a function of who pressed, and of whether `f` was broken off."
-    forks = Forks(moved)
+    forks = Forks(**kwargs)
     gc.collect()
     gc.freeze() # else each process copies what its collector looks at
     stopped = broken_off(f, forks)
@@ -439,7 +440,8 @@ def test_command(box, monkeypatch):
     around = world()
     if every:
         anew()
-        return everywhere(f, verdict, lambda: os.chdir(shutil.copytree(box, box.parent/f'box{os.getpid()}')))
+        apart = lambda: os.chdir(shutil.copytree(box, box.parent/f'box{os.getpid()}'))
+        return everywhere(f, verdict, moved=apart, share=1 if every>1 else .01) # where no operation is, it is heard at once, and that is nearly everywhere
     for p in moments(looks, 5):
         anew()
         around = world()
