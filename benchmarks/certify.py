@@ -109,8 +109,8 @@ def main(
 ):
     "Ask for a certificate of each model, and write docs/results/certify.json and certify.md"
     warnings.simplefilter('ignore')
-    res = dict(environment=environment(['torch','torchvision','timm','fastai','fasterfold']), certificates=[])
-    if out.exists(): res['certificates'] = json.loads(out.read_text())['certificates']
+    res = dict(certificates=[]) | (json.loads(out.read_text()) if out.exists() else {})
+    res = dict(environment=environment(['torch','torchvision','timm','fastai','fasterfold'])) | {k:v for k,v in res.items() if k!='environment'} # what was tried besides stays
     end,done,todo = time.time()+60*minutes,{r['model'] for r in res['certificates']},[f() for f in collections.values()]
     todo = [es[i] for i in range(max(map(len, todo))) for es in todo if i<len(es)]
     for entry in (bar := tqdm([e for e in todo if e.params<=limit*1e6 and (e.name in only.split(',') if only else e.key not in done)])):
