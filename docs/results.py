@@ -234,7 +234,7 @@ def certify_part(d:dict|None)->str:
             f"it proves {sum(o['proved'] for o in asked)}, says of {sum(o['refuted'] for o in asked)} that they are not the same, and leaves the others open, mostly since a part is too large to be solved.")
     out = [[r['model'], r['norms'], ', '.join(r['free']), r['verdict'], f"{r['export']:.1f}", f"{r['proof']:.2f}", r['why'] if r['verdict']!='proved' else ''] for r in rows]
     tried = [[o['what'], f"{o['tried']:,}", f"{o['proved']:,}", f"{o['wrong']:,}"] for o in d.get('tried', ())]
-    tried = ['How it was tried to get a wrong one, by `CERTIFY=1 python -m pytest tests/test_certify.py`:', table(['what was certified','how many','proved','wrongly'], tried, {1,2,3})] if tried else []
+    tried = ['How it was tried to get a wrong one, as `CERTIFY=1 python -m pytest tests/test_certify.py` does again:', table(['what was certified','how many','proved','wrongly'], tried, {1,2,3})] if tried else []
     return '\n\n'.join([described(d['environment'])+'. '+again('certify.py'), said, *tried, details(f'{len(rows)} models', ['model','norms folded','free','verdict','s to export both','s to compare','why'], out, {1,4,5})])
 
 def dozen(d:dict|None)->str:

@@ -30,7 +30,7 @@ from .table import styled
 # %% ../nbs/14_certify.ipynb #ce270006
 _ulp = 2.**-50 # what float64 does to a number in the few steps of a law, and in those of a fold
 
-def _wide(t): return t.double() if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
+def _wide(t): return t if isinstance(t, Tensor) and t.dtype is torch.float64 else torch.as_tensor(t, dtype=torch.float64)
 
 class Ball:
     "Numbers that are known to within a radius, in float64."
@@ -579,8 +579,8 @@ def arguments(self:Walk, n):
 @patch
 def computed(self:Walk, n, a):
     "What `n` gives if all that it gets is stored, computed as the model does."
-    vals = [v for v in tree_leaves(dict(a)) if isinstance(v, Val)]
-    free = any(isinstance(v, sympy.Basic) for v in tree_leaves(dict(a)))
+    leaves = tree_leaves(dict(a))
+    vals,free = [v for v in leaves if isinstance(v, Val)],any(isinstance(v, sympy.Basic) for v in leaves)
     if free or any(v.raw is None for v in vals) or not vals and n.all_input_nodes: return None
     raws = {k: tree_map(lambda v: v.raw.detach().cpu() if isinstance(v, Val) else torch.device('cpu') if isinstance(v, torch.device) else v, v) for k,v in a.items()}
     if n.target._schema.is_mutable: raws = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, raws)
@@ -600,8 +600,7 @@ def call(self:Walk, n):
     if v is not None and not isinstance(v, (Tensor,list,tuple)): return self.expr(v)
     if v is None or not isinstance(f, torch._ops.OpOverload): raise Undecided("no law")
     name = self.name(n)
-    a = self.arguments(n)
-    known = LAWS.get(name)
+    a,known = self.arguments(n),LAWS.get(name)
     if known is None: self.pure(f, a)
     if (res := self.computed(n, a)) is not None:
         self.laws['constants'] += 1
