@@ -210,7 +210,7 @@ def test_fold_plan(plain): assert_as_it_was(seen_by(plain), plain.fold_plan, 6)
 
 def test_fold_bench(plain, monkeypatch):
     for k in [*engines][2:]: monkeypatch.delitem(engines, k) # those that are not ours
-    assert_as_it_was(seen_by(plain), partial(plain.fold_bench, seconds=.001), 6)
+    assert_as_it_was(seen_by(plain), partial(plain.fold_bench, seconds=.001), 2)
 
 def test_folded(plain):
     inside = 0
@@ -435,7 +435,9 @@ def test_command(box, monkeypatch):
         if not p.came: return
         ok,written = right(before, Path.cwd(), *((res[0].exit_code,res[0].stderr) if res else (130,'')))
         assert ok and not (written and p.stops), (p.at, res)
-        assert world()==around
+        twice = len(p.at)>1 and p.n>=max(p.at) # then what gives filters of warnings back may be broken off, too, as the process ends
+        now = world()
+        assert [k for k in now if now[k]!=around[k] and not (twice and k=='warnings')]==[]
         if every: shutil.rmtree(Path.cwd())
     around = world()
     if every:
