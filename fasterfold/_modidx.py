@@ -578,6 +578,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fasterfold.interrupt.block': ('interrupt.html#block', 'fasterfold/interrupt.py'),
                                       'fasterfold.interrupt.check': ('interrupt.html#check', 'fasterfold/interrupt.py'),
                                       'fasterfold.interrupt.interruptible': ('interrupt.html#interruptible', 'fasterfold/interrupt.py'),
+                                      'fasterfold.interrupt.replaced': ('interrupt.html#replaced', 'fasterfold/interrupt.py'),
                                       'fasterfold.interrupt.whole': ('interrupt.html#whole', 'fasterfold/interrupt.py'),
                                       'fasterfold.interrupt.write_whole': ('interrupt.html#write_whole', 'fasterfold/interrupt.py')},
             'fasterfold.learner': { 'fasterfold.learner.Fold': ('learner.html#fold', 'fasterfold/learner.py'),

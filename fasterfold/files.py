@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
-from .interrupt import block
+from .interrupt import replaced
 
 # %% ../nbs/16_files.ipynb #b9849d47
 class Stop(Exception):
@@ -240,21 +240,11 @@ def check_outputs(
 # %% ../nbs/16_files.ipynb #d51f76e9
 written = [] # Files that the command has written
 
-@block
 def new_files(
     *paths:Path, # The files to be, `None` for one that is not wanted
 ):
-    "Names to write to, which become `paths` if all goes well, and are gone if not."
-    tmps = [p and p.with_name(f'.{p.stem}.{os.getpid()}.tmp{p.suffix}') for p in paths]
-    pairs = [(t, p) for t,p in zip(tmps, paths) if p]
-    try:
-        yield tmps
-        for t,p in pairs:
-            os.replace(t, p)
-            written.append(p)
-    finally:
-        for t,_ in pairs: t.unlink(missing_ok=True)
-
+    "Names to write to, which become `paths` if all goes well, and are gone if not; those that did are noted as `written`."
+    return replaced(*paths, done=written.append)
 
 # %% ../nbs/16_files.ipynb #0a123168
 def _save_pth(model, path):
