@@ -75,12 +75,9 @@ def _cut(rows, limit, more):
 
 def gone(
     plan:FoldPlan, # What was folded
-    limit:int=12, # How many blocks at most, as for `blocks`
-)->list: # Triples (block, direction or 'merged', names of the layers that took the norm up)
+)->list: # Triples (norm, direction or 'merged', names of the layers that took it up)
     "Every norm that went away."
-    norms = [(f.norm, f.direction, f.into) for f in plan.folded]+[(n, 'merged', [k]) for k,ns in plan.merged.items() for n in ns]
-    block = blocks([n for n,*_ in norms], limit)
-    return [(block[n], *rest) for n,*rest in norms]
+    return [(f.norm, f.direction, f.into) for f in plan.folded]+[(n, 'merged', [k]) for k,ns in plan.merged.items() for n in ns]
 
 # %% ../nbs/14_report.ipynb #3476b625
 def folded_rows(
@@ -88,7 +85,8 @@ def folded_rows(
     limit:int=12, # Rows at most
 )->list: # Rows of text, the first the head
     "Folded norms by block: how many, which way and into which layers."
-    groups = groupby(gone(plan, limit), lambda o: o[:2])
+    block = blocks([n for n,*_ in gone(plan)], limit)
+    groups = groupby(gone(plan), lambda o: (block[o[0]],o[1]))
     rows = [[b, str(len(os)), d, _several([n for *_,into in os for n in into])] for (b,d),os in groups.items()]
     more = lambda rs: [f'and {len(rs)} more', str(sum(int(r[1]) for r in rs)), '', '']
     return [['block', 'norms', 'direction', 'into'], *_cut(rows, limit, more)]
@@ -322,7 +320,7 @@ def _went(ax, norms, title):
     many,left = Counter(norms),np.zeros(len(rows))
     for fate in [f for f in _fates if any(o==f for _,o in norms)]:
         n = np.array([many[b,fate] for b in rows])
-        ax.barh(range(len(rows)), n, left=left, height=.7, color=_fates[fate], label='kept' if fate=='kept' else f"{fate if fate=='merged' else 'folded '+fate}")
+        ax.barh(range(len(rows)), n, left=left, height=.7, color=_fates[fate], label=fate if fate in ('merged','kept') else f'folded {fate}')
         left += n
     for y,n in enumerate(left): ax.text(n+.01*left.max(), y, f'{n:.0f}', va='center', fontsize='small')
     ax.set(title=title, xlabel='norm layers', yticks=range(len(rows)), yticklabels=rows, xlim=(0,1.1*left.max()), ylim=(max(len(rows), 6)-.5,-.6))
@@ -333,7 +331,7 @@ def _went(ax, norms, title):
 @patch(as_prop=True)
 def _fate(self:FoldReport):
     "Pairs (block, what became of it) of all norms, as a model has them."
-    norms = [(f.norm, f.direction) for f in self.plan.folded]+[(n, 'merged') for ns in self.plan.merged.values() for n in ns]+[(k.norm, 'kept') for k in self.plan.kept]
+    norms = [(n, f) for n,f,_ in gone(self.plan)]+[(k.norm, 'kept') for k in self.plan.kept]
     block = blocks([n for n,_ in norms])
     return [(block[n] or '(the model)', f) for n,f in norms]
 
@@ -346,9 +344,10 @@ def _caption(self:FoldReport):
 def plot(self:FoldReport)->matplotlib.figure.Figure:
     "Latencies before and after, and where the norms went."
     timed,norms = self._timed,self._fate
+    wide = bool(timed)+bool(norms)
     tall = max(len(timed)*(1+.42*len(self._columns)), (1.4+.27*len({b for b,_ in norms}))*bool(norms), .3)
-    fig = plt.figure(figsize=(5*max(bool(timed)+bool(norms), 1.4),1+tall), layout='constrained')
-    grid = fig.add_gridspec(max(len(timed), 1), max(bool(timed)+bool(norms), 1))
+    fig = plt.figure(figsize=(max(5*wide, 7),1+tall), layout='constrained')
+    grid = fig.add_gridspec(max(len(timed), 1), max(wide, 1))
     for i,(k,c) in enumerate(timed.items()): _runs(fig.add_subplot(grid[i,0]), c, k, self._columns[-1])
     if norms: _went(fig.add_subplot(grid[:,-1]), norms, 'where the norm layers went')
     for ax in fig.axes:
