@@ -69,8 +69,9 @@ class Formats:
         plan:FoldPlan, # Changed: it says what was chosen, and why
     ):
         "Keep `channels_last` if it is faster, or must be kept, and else what was; without `latency`, nothing is known of that."
-        if not latency and not self.must: plan.notes = [*plan.notes, "channels_last weights were not tried, as nothing was timed."]
-        if not latency: return self.settle(self.must, plan)
+        if not latency:
+            if not self.must: plan.notes = [*plan.notes, "channels_last weights were not tried, as nothing was timed."]
+            return self.settle(self.must, plan)
         both = {k:(c['channels_last'],c['folded']) for k,c in latency.items()}
         spans = [a.interval(b) for a,b in both.values()]
         gains,costs = any(hi<1 for _,hi in spans),any(lo>1 for lo,_ in spans)

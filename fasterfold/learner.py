@@ -212,11 +212,11 @@ class _Stage(Callback):
     order = ProgressCallback.order+1
     def __init__(self, label): self.label = label
     def _say(self):
-        bar = getattr(getattr(self.learn, 'progress', None), 'pbar', None)
-        if bar is not None: bar.comment = self.label
-        return bar
+        pbar = getattr(getattr(self.learn, 'progress', None), 'pbar', None)
+        if pbar is not None: pbar.comment = self.label
+        return pbar
     def before_validate(self):
-        if (bar := self._say()) is not None: bar.update(0)
+        if (pbar := self._say()) is not None: pbar.update(0)
     def after_batch(self):
         check()
         self._say()
