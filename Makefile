@@ -66,6 +66,7 @@ results: $(PEERS) ## Measure all figures anew, on a machine that does nothing el
 	$(BIN)/python benchmarks/zoo.py --redo
 	$(MAKE) bench
 	$(BIN)/python benchmarks/certify.py --minutes 600
+	$(BIN)/python benchmarks/random_networks.py --minutes 600
 	$(BIN)/python docs/results.py
 	$(MAKE) readme
 

@@ -69,6 +69,10 @@ def comparison(zoo:dict|None)->str:
         res += [f"On {len(ms)} model{'s'*(len(ms)!=1)}{most}:", side_by_side(zoo, ts, ms)]
     return '\n\n'.join(res)
 
+def _svg(parts:list, w:int, h:int, label:str, kind:str, limits:str='')->str:
+    return (f'<svg class="{kind}"{limits} viewBox="0 0 {w} {h}" role="img" aria-label="{html.escape(label)}" font-family="system-ui,sans-serif" font-size="12" '
+        f'fill="currentColor">{"".join(parts)}</svg>')
+
 def curves(
     series:dict, # Tool to the share of norms that it removed from each model
     label:str, # What the picture shows, for those who do not see it
@@ -83,8 +87,7 @@ def curves(
         res += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r}" fill="{colors[t]}"/>' for i,v in enumerate(sorted(vs)) for x,y in [at(i, v)]]
     step = (w-left)/len(series)
     res += [f'<circle cx="{left+6+i*step:.0f}" cy="{base+26}" r="4" fill="{colors[t]}"/><text x="{left+14+i*step:.0f}" y="{base+30}">{names[t]}</text>' for i,t in enumerate(series)]
-    return (f'<svg class="bars" style="max-width:{w}px" viewBox="0 0 {w} {h}" role="img" aria-label="{html.escape(label)}" font-family="system-ui,sans-serif" font-size="12" '
-        f'fill="currentColor">{"".join(res)}</svg>')
+    return _svg(res, w, h, label, 'bars', f' style="max-width:{w}px"')
 
 def dots(
     rows:list, # Pairs (name, value by what it is)
@@ -102,8 +105,7 @@ def dots(
         y = top+20*i+12
         res.append(f'<text x="{left-10}" y="{y+4}" text-anchor="end">{html.escape(name)}</text>')
         res += [f'<circle cx="{x(v):.1f}" cy="{y}" r="4" fill="{colors[k]}" fill-opacity=".85"/>' for k,v in vs.items()]
-    return (f'<svg class="bars" style="max-width:{w}px" viewBox="0 0 {w} {h}" role="img" aria-label="{html.escape(label)}" font-family="system-ui,sans-serif" font-size="12" '
-        f'fill="currentColor">{"".join(res)}</svg>')
+    return _svg(res, w, h, label, 'bars', f' style="max-width:{w}px"')
 
 def details(summary:str, head:list, rows:list, right:set=frozenset())->str:
     "A long table, folded up."
@@ -111,7 +113,7 @@ def details(summary:str, head:list, rows:list, right:set=frozenset())->str:
     return (f'<details class="long"><summary>{html.escape(summary)}</summary><div class="scroll"><table><thead>{tr(head, "th")}</thead>'
         f'<tbody>{"".join(tr(r, "td") for r in rows)}</tbody></table></div></details>')
 
-def again(script:str, *more:str)->str: return f"Measured with `{' '.join(['python benchmarks/'+script, *more])}`."
+def again(script:str)->str: return f'Measured with `python benchmarks/{script}`.'
 
 def kept(models:list, limit:int=12)->list:
     "Rows on the commonest reasons for which norms stay: how many calls, one of them, and where, in three models if there are so many."
@@ -119,8 +121,11 @@ def kept(models:list, limit:int=12)->list:
     for m in models:
         for norm,reason,calls in m['tools']['fasterfold'].get('kept', []): groups.setdefault(generic(reason), []).append((calls,reason,m['name'],norm))
     rows = sorted(groups.values(), key=lambda o: -sum(c for c,*_ in o))[:limit]
-    where = lambda o: list({name:f'{name}: `{norm}`' for _,_,name,norm in reversed(o)}.values())[::-1]
-    return [[sum(c for c,*_ in o), o[0][1], ', '.join((where(o)+[f'`{n}`' for *_,n in o[1:]]*(len(where(o))<3))[:3])] for o in rows]
+    def where(o):
+        names = [f'{name}: `{norm}`' for _,_,name,norm in o]
+        apart = {n.split(':')[0]:n for n in reversed(names)} # the first of each model
+        return ', '.join(dict.fromkeys([*[*apart.values()][::-1], *names][:3]))
+    return [[sum(c for c,*_ in o), o[0][1], where(o)] for o in rows]
 
 def _says(m, tool):
     t = m['tools'].get(tool)
@@ -166,8 +171,7 @@ def lines(
         res.append(f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x,y in pts)}" fill="none" stroke="{color}" stroke-opacity="{opacity}" stroke-width="2"/>')
         res += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}" fill-opacity="{opacity}"/>' for x,y in pts]
         res.append(f'<text x="{pts[-1][0]+8:.1f}" y="{pts[-1][1]+4:.1f}">{html.escape(name)}</text>')
-    return (f'<svg class="lines" viewBox="0 0 {w} {h}" role="img" aria-label="{html.escape(label)}" font-family="system-ui,sans-serif" font-size="12" '
-        f'fill="currentColor">{"".join(res)}</svg>')
+    return _svg(res, w, h, label, 'lines')
 
 def latency_part(path:Path)->str:
     "Tables and bars of one device: each engine and type, then growth."
@@ -234,7 +238,7 @@ def certify_part(d:dict|None)->str:
             f"it proves {sum(o['proved'] for o in asked)}, says of {sum(o['refuted'] for o in asked)} that they are not the same, and leaves the others open, mostly since a part is too large to be solved.")
     out = [[r['model'], r['norms'], ', '.join(r['free']), r['verdict'], f"{r['export']:.1f}", f"{r['proof']:.2f}", r['why'] if r['verdict']!='proved' else ''] for r in rows]
     tried = [[o['what'], f"{o['tried']:,}", f"{o['proved']:,}", f"{o['wrong']:,}"] for o in d.get('tried', ())]
-    tried = ['How it was tried to get a wrong one, as `CERTIFY=1 python -m pytest tests/test_certify.py` does again:', table(['what was certified','how many','proved','wrongly'], tried, {1,2,3})] if tried else []
+    tried = ['How it was tried to get a wrong one: changed weights and operations by `CERTIFY=1 python -m pytest -s tests/test_certify.py`, of which this is what it printed, random networks by `python benchmarks/random_networks.py`.', table(['what was certified','how many','proved','wrongly'], tried, {1,2,3})] if tried else []
     return '\n\n'.join([described(d['environment'])+'. '+again('certify.py'), said, *tried, details(f'{len(rows)} models', ['model','norms folded','free','verdict','s to export both','s to compare','why'], out, {1,4,5})])
 
 def dozen(d:dict|None)->str:

@@ -7,7 +7,7 @@ from fasterfold.fold import BN_Folder
 
 root = Path(__file__).parents[1]
 sys.path.insert(0, str(root/'benchmarks'))
-import certify, latency, peers, planning, validation, zoo
+import certify, latency, peers, planning, random_networks, validation, zoo
 from common import chain, slope
 
 def measured(script, out, *args):
@@ -45,6 +45,14 @@ def test_certify(tmp_path):
     row = rows['fastai/tabular_default']
     assert len(rows)==2 and row['verdict']=='proved' and row['free'] and row['exports'] and row['norms']==3 and row['residue']<=1
     assert '| with free sizes | 2 |' in out.with_suffix('.md').read_text()
+
+def test_random_networks(tmp_path):
+    out = tmp_path/'certify.json'
+    certify.main.__wrapped__(only='tabular_default', out=out)
+    for n in (2,3): random_networks.main.__wrapped__(most=n, out=out) # the second goes on from the first
+    res = json.loads(out.read_text())
+    assert sum(o['tried'] for o in res['tried'])==3 and not sum(o['wrong'] for o in res['tried'])
+    assert {o['what'] for o in res['tried']} <= {*random_networks.kinds.values()} and [r['model'] for r in res['certificates']]==['fastai/tabular_default']
 
 def test_validation(tmp_path):
     out = tmp_path/'validation.json'
