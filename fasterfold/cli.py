@@ -173,7 +173,7 @@ def _fold(
         from fasterfold.bench import bench
         return bench(original, unwrap(subject.model), folder.result, sample.by_size(unwrap(subject.model), batch), tell=step),sample
     step('Timing both')
-    res = report(original, unwrap(subject.model), folder.result, sample.by_size(unwrap(subject.model), batch), formats=folder.formats)
+    res = report(original, unwrap(subject.model), folder.result, sample.by_size(unwrap(subject.model), batch), formats=folder.formats, name=subject.name)
     return res,sample
 
 def _print_report(

@@ -103,6 +103,7 @@ class Subject:
     new:Callable=None # Makes the same architecture anew, where that is known
     example:object=None # What it was exported with, where that is known
     made_up:Callable=None # Gives items that are made up, the best first, each with what it is
+    name:str='' # What its model is called
     input:str='' # What the last `sample` is, in words
     items:object=None # What it was made of, if it was
 
@@ -167,11 +168,12 @@ def _made_up(dls, to_inputs):
 # %% ../nbs/16_files.ipynb #a225b46b
 def _learner_subject(path):
     import torch
+    from fasterfold.report import called
     learn = _read_learner(path)
     def to_inputs(items):
         dl = learn.dls.test_dl(items, bs=1, num_workers=0, device=torch.device('cpu'))
         return tuple(dl.one_batch()[:learn.dls.n_inp])
-    return Subject(learn.model, learn, to_inputs, made_up=lambda: _made_up(learn.dls, to_inputs))
+    return Subject(learn.model, learn, to_inputs, made_up=lambda: _made_up(learn.dls, to_inputs), name=called(learn))
 
 def _timm_subject(name, path):
     model,new = _read_timm(name, path)
@@ -179,7 +181,7 @@ def _timm_subject(name, path):
         from PIL import Image
         from timm.data import create_transform,resolve_data_config
         return create_transform(**resolve_data_config({}, model=model))(Image.open(images[0]).convert('RGB'))[None]
-    return Subject(model, model, to_input, new)
+    return Subject(model, model, to_input, new, name=name)
 
 # %% ../nbs/16_files.ipynb #5a1c6015
 def _program_subject(path, trust):

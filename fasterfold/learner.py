@@ -24,7 +24,7 @@ from .interrupt import block,check,interruptible,whole
 from .load import Misfit,adopt
 from .normalize import in_front,left,loader_norm,renamed,without_norm
 from .plan import FoldPlan
-from .report import FoldReport,report
+from .report import FoldReport,called,report
 from .sample import Sample
 from .state import Contents,FoldError,Still,check_model,copy_model,refill,unwrap
 
@@ -239,11 +239,6 @@ def _step(learn, label, f, *args, **kwargs):
     for _ in bar(range(1), hasattr(learn, 'progress') and label): res = f(*args, **kwargs)
     return res
 
-def _called(learn):
-    "What the model of `learn` is called: its architecture, if that is known."
-    arch = getattr(learn, 'arch', None)
-    return arch if isinstance(arch, str) else getattr(arch, '__name__', type(unwrap(learn.model)).__name__)
-
 @patch
 @whole
 @delegates(BN_Folder)
@@ -265,7 +260,7 @@ def fold(self:Learner,
         try:
             model = unwrap(self.model)
             res = report(fold.original, model, fold.plan, fold.samples[0].by_size(model), seconds=seconds, progress=hasattr(self, 'progress'),
-                formats=fold.folder.formats, name=_called(self))
+                formats=fold.folder.formats, name=called(self))
             if certify: res.certificate = _step(self, 'comparing for every input', certified, fold.original, model, fold.samples[0])
             after = _scores(self, 'folded') if validate else {}
             check() # later it is done

@@ -363,8 +363,8 @@ def test_full_disk(box):
 def test_timm_weights(small_timm, tmp_path, box, suffix):
     "What is written fits a new model, by `fold_like`"
     model,path = small_timm
-    res = call('fold', '--timm', 'resnet10t', '--weights', path/f'weights.{suffix}', '-o', tmp_path/f'folded.{suffix}', '--sample', box/'image.png')
-    assert res.exit_code==0, res.output
+    res = call('fold', '--timm', 'resnet10t', '--weights', path/f'weights.{suffix}', '-o', tmp_path/f'folded.{suffix}', '--sample', box/'image.png', '--json')
+    assert res.exit_code==0 and json.loads(res.stdout)['model']=='resnet10t', res.output
     new = fold_like(timm.create_model('resnet10t', num_classes=3), tmp_path/f'folded.{suffix}').eval()
     x = torch.randn(2, 3, 64, 64)
     assert_close_to_float64(model, new, x)
