@@ -3,16 +3,12 @@ import pytest
 from fasterfold.find import Kept
 from fasterfold.plan import FoldPlan, Folded
 import browser
-from test_docs import _look
+from test_docs import _look, page
 from test_report import deep, three # chkstyle: ignore
 
 nbconvert = pytest.importorskip('nbconvert', reason='notebooks are made into pages with nbconvert, which is no requirement of the tests')
 nbf = pytest.importorskip('nbformat').v4
 pytestmark = [pytest.mark.xdist_group('site'), pytest.mark.skipif(browser.binary() is None, reason='there is no Chromium here: apt-get install chromium')]
-
-@pytest.fixture(scope='module')
-def page():
-    with browser.chromium() as p: yield p
 
 def many():
     "A plan with 60 norms that stay for one reason, and one that stays for another."
