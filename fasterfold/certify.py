@@ -47,7 +47,8 @@ class Ball:
     def __sub__(self, o): return self+-o
     def __mul__(self, o):
         a = o.m.abs()
-        return Ball(self.m*o.m, self.m.abs()*(o.r+_ulp*a)+(a+o.r)*self.r)
+        r = self.m.abs()*(o.r+_ulp*a)
+        return Ball(self.m*o.m, r+(a+o.r)*self.r if self.r.dim() or self.r else r)
     def inv(self):
         "1/self, which must not contain 0."
         m,near = 1/self.m,self.m.abs()-self.r
@@ -142,14 +143,15 @@ def _multiple(a, b):
     am,bm = a.m.abs(),b.m.abs()
     none = am<=a.r
     some,empty = none.any(),none.all(1)
-    known = a.m.masked_fill(none, 0) if some else a.m
-    about = torch.linalg.vecdot(known, b.m)/torch.linalg.vecdot(known, known).clamp_min(1e-300)
-    r = b.r+_ulp*bm+about.abs().masked_fill(empty, 1)[:,None]*a.r # of a row that may be zero nothing is a multiple but what may be zero as well
+    known,r = a.m.masked_fill(none, 0) if some else a.m,b.r+_ulp*bm
+    if a.r.any():
+        about = torch.linalg.vecdot(known, b.m)/torch.linalg.vecdot(known, known).clamp_min(1e-300)
+        r = r+about.abs().masked_fill(empty, 1)[:,None]*a.r # of a row that may be zero nothing is a multiple but what may be zero as well
     q,wide = b.m/a.m,r/am
     if some: q,wide = q.masked_fill_(none, 0),wide.masked_fill_(none, float('inf'))
     lo,hi = (q-wide).amax(1),(q+wide).amin(1)
     s = ((lo+hi)/2).masked_fill(empty, 0)
-    d = torch.addcmul(b.m, s[:,None], known, value=-1).abs()
+    d = torch.addcmul(b.m, s[:,None], known, value=-1).abs_()
     return Ball(s, ((hi-lo).clamp_min(0)/2+_ulp*s.abs()).masked_fill(empty, 0)),_over(d, r).amax(1),d.amax(1)/bm.amax(1).clamp_min(1e-300)
 
 def multiple(
@@ -364,10 +366,11 @@ def _turned(W, g):
 def _times(W, s, g):
     "The kernel `W` of `g` groups with the factors `s` of input channels in it, in rows."
     n = len(W)
-    if bool((s.m==1).all()) and not s.r.any(): return Rows((n,W.shape[1:].numel()), lambda i: W[i].map(lambda o: o.flatten(1)))
+    def flat(b): return b.map(lambda o: o.flatten(1)) if b.r.dim() else Ball(b.m.flatten(1), b.r)
+    if bool((s.m==1).all()) and not s.r.any(): return Rows((n,W.shape[1:].numel()), lambda i: flat(W[i]))
     S = s.map(lambda o: o.expand(W.shape[1]*g).reshape(g, -1, *[1]*(len(W.shape)-2)))
     def of(i): return S if g==1 else S.map(lambda o: o[torch.arange(n)[i]*g//n]) # those of the groups of rows
-    return Rows((n,W.shape[1:].numel()), lambda i: (W[i]*of(i)).map(lambda o: o.flatten(1)))
+    return Rows((n,W.shape[1:].numel()), lambda i: flat(W[i]*of(i)))
 
 # %% ../nbs/14_certify.ipynb #ce27002d
 def _is_zero(b): return not b.m.any() and not b.r.any()
