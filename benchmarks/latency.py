@@ -11,6 +11,7 @@ from pathlib import Path
 import timm, torch, torch.nn.functional as F
 from fastai.layers import NormType
 from fastai.tabular.model import TabularModel
+from fastai.text.models import AWD_LSTM, get_text_classifier
 from fastai.vision.learner import create_unet_model, create_vision_model
 from fastai.vision.models import xresnet
 from fastcore.script import call_parse, store_true
@@ -52,17 +53,23 @@ class EEGNet(nn.Sequential):
         def _end(n): return nn.BatchNorm2d(16),nn.ELU(),nn.AvgPool2d((1,n))
         super().__init__(time, nn.BatchNorm2d(8), space, *_end(4), depth, point, *_end(8), nn.Flatten(), nn.Linear(16*(times//4//8), classes))
 
-all_models = { # name -> (what builds it, what makes a sample of n items)
+def _text(classes=2):
+    "What `text_classifier_learner` makes: an AWD-LSTM and its head, for a vocabulary of 10,000 words"
+    return get_text_classifier(AWD_LSTM, 10000, classes)
+
+deployed = { # name -> (what builds it, what makes a sample of n items): run with every engine, which takes minutes each to compile
     'vision_learner resnet18': (lambda: create_vision_model(M.resnet18, 10, pretrained=False), _image(64)),
-    **{o: (_torchvision(o), _image(224)) for o in ('resnet50','mobilenet_v3_large','efficientnet_b0','densenet121')},
+    **{o: (_torchvision(o), _image(224)) for o in ('resnet18','resnet50','densenet121','mobilenet_v3_large','efficientnet_b0','convnext_tiny')},
+    'xresnet50': (lambda: xresnet.xresnet50(n_out=10), _image(128)),
     'unet_learner resnet18': (lambda: create_unet_model(M.resnet18, 3, (128,128), pretrained=False), _image(128)),
     'tabular': (lambda: TabularModel([(10,6),(5,4),(100,20)], 4, 2, [200,100]), _rows),
-    **{o: (_torchvision(o), _image(224)) for o in ('resnet18','regnet_y_800mf','shufflenet_v2_x1_0','mnasnet1_0')},
+    'text_classifier AWD_LSTM': (_text, lambda n: (torch.randint(2, 10000, (n,60)),)),
+    'EEGNet (time series)': (EEGNet, lambda n: (torch.randn(n, 1, 22, 1125),))}
+all_models = deployed | { # the others only with those engines that run every variant
+    **{o: (_torchvision(o), _image(224)) for o in ('regnet_y_800mf','shufflenet_v2_x1_0','mnasnet1_0')},
     'xresnet18': (lambda: xresnet.xresnet18(n_out=10), _image(128)),
-    **{o: (_timm(o), _image(224)) for o in ('nfnet_l0','resnetv2_50x1_bit')}, # these and what follows compute weights at every call
-    'EEGNet': (EEGNet, lambda n: (torch.randn(n, 1, 22, 1125),)),
+    **{o: (_timm(o), _image(224)) for o in ('nfnet_l0','resnetv2_50x1_bit')}, # these, what follows, and EEGNet compute weights at every call
     'unet_learner spectral norm': (lambda: create_unet_model(M.resnet18, 3, (128,128), pretrained=False, norm_type=NormType.Spectral), _image(128))}
-deployed = list(all_models)[:7] # Run with every engine, which takes minutes each to compile; the others only with those that run every variant
 
 def build(
     name:str # Key of `all_models`
@@ -306,7 +313,7 @@ def _chosen(names, among):
 @call_parse
 def main(
     tools:str=','.join(any_shape), # Tools to fold with, comma-separated
-    models:str=None, # Models to time, comma-separated; by default all, those after the first seven only with eager and CUDA graph
+    models:str=None, # Models to time, comma-separated; by default all, of which some only with eager and CUDA graph
     engines:str=','.join(all_engines), # What to run them with, comma-separated; those that the device lacks are left out
     device:str='cuda' if torch.cuda.is_available() else 'cpu', # 'cpu' or 'cuda'
     turns:int=11,     # How often each is timed
@@ -326,7 +333,7 @@ def main(
     if missing := [k for k in kinds if any(find_spec(d) is None for d in dists.get(k, []))]:
         raise SystemExit(f"{', '.join(missing)} cannot be imported: pip install -e '.[dev,bench]', or choose other --engines")
     env = environment(['torch','torchvision','fastai',*(peers[o][0] for o in any_shape),*(o for d in dists.values() for o in d)], device)
-    res = dict(environment=env, models={}, latency=[], depth=[], width=[]) | load(out, env)
+    res,order = dict(environment=env, models={}, latency=[], depth=[], width=[]) | load(out, env),list(all_models)
     with torch.no_grad(), tqdm(total=sum(map(len, names.values()))*len(dtypes)*len(sizes)+2) as bar:
         for name,kinds in names.items():
             model,sample = build(name),all_models[name][1]
@@ -344,7 +351,8 @@ def main(
                         some = cands if kind in whole else {k: cands[k] for k in (base,ours) if k in cands}
                         rows = measure(what, some, _cast(x), refs, turns, seconds)
                         def _same(r): return all(r[k]==what[k] for k in ('model','batch','dtype','engine'))
-                        res['latency'] = [r for r in res['latency'] if not _same(r)] + rows
+                        res['latency'] = sorted([r for r in res['latency'] if r['model'] in order and not _same(r)] + rows, key=lambda r: order.index(r['model']))
+                        res['models'] = {k: res['models'][k] for k in order if k in res['models']}
                         save(out, res, page)
                         torch.compiler.reset() # compiled code would pile up
                         bar.update()

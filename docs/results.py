@@ -245,17 +245,21 @@ def dozen(d:dict|None)->str:
     "What folding is worth for models that people use, on the CPU: the first table of the README."
     if not d or 'models' not in d: return 'Not measured yet: `python benchmarks/latency.py` does it.'
     engines = [k for k in ('torch.compile','onnxruntime','OpenVINO') if any(r['engine']==k for r in d['latency'])]
-    found = {(r['model'],r['engine'],r['variant']):r for r in d['latency'] if r['batch']==1 and r['dtype']=='float32' and 'ratio' in r}
+    found = {(r['model'],r['engine'],r['variant']):r for r in d['latency'] if r['batch']==1 and r['dtype']=='float32'}
     def cell(m, engine, variant):
         if (r := found.get((m,engine,variant))) is None: return '–'
+        if 'ratio' not in r: return 'fails'
         lo,mid,hi = r['ratio']
         return f'{mid:.2f}×' if hi<1 or lo>1 else 'same'
     rows = []
     for m,o in d['models'].items():
+        if not any((m,e,'fasterfold') in found for e in engines): continue
         a,b = o['parameters']
-        rows.append([m, f"{o['folded']} of {o['folded']+o['kept']}", f'{a/1e6:.2f} M', f'{100*(b-a)/a:+.2f} %', *(cell(m, 'eager', v) for v in ('fasterfold','fasterfold channels_last')), *(cell(m, e, 'fasterfold') for e in engines)])
+        n = o['folded']+o['kept']
+        rows.append([m, f"{o['folded']} of {n}" if n else 'none', f'{a/1e6:.2f} M', f'{100*(b-a)/a:+.2f} %' if a!=b else 'same', *(cell(m, 'eager', v) for v in ('fasterfold','fasterfold channels_last')), *(cell(m, e, 'fasterfold') for e in engines)])
     head = ['','norms folded','parameters','change','folded','and `channels_last`',*(dict(onnxruntime='ONNX Runtime').get(e, e) for e in engines)]
-    said = f"Time of one call with one item, by that of the original in the same engine; less than 1 is faster, *same* is no difference measured, – was not measured. {described(d['environment'])}."
+    said = ("Time of one call with one item, by that of the original in the same engine; less than 1 is faster, *same* is no difference measured, – is not made for it, and *fails* could not be exported, "
+        f"folded or not. {described(d['environment'])}.")
     return f"{table(head, rows, set(range(1, len(head))))}\n\n{said}"
 
 proofs = """| | for which inputs | by what |

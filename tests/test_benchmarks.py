@@ -92,7 +92,7 @@ def test_normless(name):
     assert not any(isinstance(m, (nn.Identity, nn.modules.batchnorm._NormBase)) for m in limit.modules())
     with torch.no_grad(): assert torch.equal(limit(*sample), folded(*sample))
 
-@pytest.mark.parametrize('name,n', [('EEGNet',1),('unet_learner spectral norm',18)])
+@pytest.mark.parametrize('name,n', [('EEGNet (time series)',1),('unet_learner spectral norm',18)])
 def test_weights_stored_by_hand(name, n):
     model,sample = latency.build(name),latency.all_models[name][1](1)
     folder = BN_Folder()
