@@ -3,7 +3,7 @@ import pytest
 from fasterfold.find import Kept
 from fasterfold.plan import FoldPlan, Folded
 import browser
-from test_docs import _look, page
+from test_docs import _look, page # a fixture, chkstyle: ignore
 from test_report import deep, three # chkstyle: ignore
 
 nbconvert = pytest.importorskip('nbconvert', reason='notebooks are made into pages with nbconvert, which is no requirement of the tests')
