@@ -12,12 +12,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from timeit import default_timer
 from fastprogress import progress_bar
 from torch import nn
 from torch.utils.benchmark import Timer
 from .interrupt import interruptible, whole
 from .sample import Sample
-from .state import clock, preserved, tensors_in
+from .state import accelerator, clock, preserved, tensors_in
 from .table import html_table, styled, text_table
 
 # %% ../nbs/10_cost.ipynb #fbd58074
@@ -156,17 +157,17 @@ def compare(
     args,kwargs = sample.copied()
     threads,device = torch.get_num_threads(),sample.device
     res = {k:[] for k in models}
-    how = dict(timer=partial(clock, device), num_threads=threads)
-    def timer(m): return Timer('model(*args, **kwargs)', globals=dict(model=m, args=args, kwargs=kwargs), **how)
-    timers = {k:timer(m) for k,m in models.items()}
+    def timers(now): return {k:Timer('model(*args, **kwargs)', globals=dict(model=m, args=args, kwargs=kwargs), timer=now, num_threads=threads) for k,m in models.items()}
     def run(k, least):
         if ready and k in ready: ready[k]()
-        return interruptible(timers[k].blocked_autorange, min_run_time=least)
+        return interruptible(timer[k].blocked_autorange, min_run_time=least)
     with torch.no_grad(), ExitStack() as stack:
         for m in models.values():
             if isinstance(m, nn.Module): stack.enter_context(preserved(m, partial(sample.call, m)))
+        timer = timers(partial(clock, device))
         # the first call of each also sets up whatever PyTorch sets up once
         slowest = max(run(k, 0).median for k in models)
+        if device=='cpu' and accelerator() is None: timer = timers(default_timer) # to ask each time takes longer than some models
         n = min(max(int(seconds/slowest/2), turns), 10)
         for i in bar(range(n), progress):
             for k in list(models)[::(-1)**i]: res[k].append(run(k, seconds/n).times)
