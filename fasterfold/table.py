@@ -18,10 +18,10 @@ def text_table(rows, left=()):
 
 _css = '''
 .fasterfold {font-family:system-ui,sans-serif; line-height:1.4; max-width:62em}
-.fasterfold table {border-collapse:collapse; margin:.6em 0 1.2em; font-size:.92em; background:none; color:inherit}
+.fasterfold table {border-collapse:collapse; width:auto; margin:.6em 0 1.2em; font-size:.92em; background:none; color:inherit}
 .fasterfold :is(th,td) {padding:.3em .8em .3em 0; text-align:right; vertical-align:top; border:0;
- border-bottom:1px solid rgba(128,128,128,.35); background:none; color:inherit; white-space:nowrap}
-.fasterfold.fasterfold tr:nth-child(n) {background:none; border:0}
+ border-bottom:1px solid rgba(128,128,128,.35) !important; background:none; color:inherit; white-space:nowrap}
+.fasterfold.fasterfold tr:nth-child(n) {background:none; border:0} .fasterfold thead {background:none}
 .fasterfold :is(th,td):is(:first-child,.left) {text-align:left}
 .fasterfold td.left {white-space:normal; overflow-wrap:break-word} .fasterfold td.left:last-child {min-width:9em}
 .fasterfold td {font-variant-numeric:tabular-nums} .fasterfold th {font-weight:600}
@@ -29,8 +29,8 @@ _css = '''
 .fasterfold.fasterfold code {font:.92em ui-monospace,monospace; background:none; padding:0; border:0; color:inherit} .fasterfold summary {cursor:pointer}
 .fasterfold svg {max-width:100%; height:auto}
 @container (max-width:34em) {
- .fasterfold thead {display:none} .fasterfold.fasterfold tr:nth-child(n) {display:flex; flex-wrap:wrap; gap:0 1.2em; padding:.4em 0; border-bottom:1px solid rgba(128,128,128,.35)}
- .fasterfold td, .fasterfold td.left:last-child {border:0; padding:0; min-width:0; text-align:left; white-space:normal; overflow-wrap:anywhere} .fasterfold td:empty {display:none}
+ .fasterfold thead {display:none} .fasterfold.fasterfold tr:nth-child(n) {display:flex; flex-wrap:wrap; gap:0 1.2em; padding:.4em 0; border-bottom:1px solid rgba(128,128,128,.35) !important}
+ .fasterfold td, .fasterfold td.left:last-child {border:0 !important; padding:0; min-width:0; text-align:left; white-space:normal; overflow-wrap:anywhere} .fasterfold td:empty {display:none}
  .fasterfold td:first-child {flex-basis:100%; font-weight:600} .fasterfold td[data-label]:not(:first-child)::before {content:attr(data-label) ' '; opacity:.8}
 }
 '''

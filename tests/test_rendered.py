@@ -1,4 +1,4 @@
-"Reports and plans as notebooks show them: in the styles of JupyterLab, light and dark, and of the classic notebook, on a wide screen and on a phone."
+"Reports and plans as notebooks show them: in the styles of JupyterLab and VS Code, light and dark, and of the classic notebook, on a wide screen and on a phone."
 import pytest
 from fasterfold.find import Kept
 from fasterfold.plan import FoldPlan, Folded
@@ -23,7 +23,7 @@ def notebook(*shown):
 _ours = '''(() => {
   const px = v => parseFloat(v), seen = el => { const r = el.getBoundingClientRect(); return r.width>0 && r.left>=0 && r.right<=innerWidth+1 }
   const cells = [...document.querySelectorAll('.fasterfold :is(td,th)')].filter(o => o.checkVisibility())
-  const style = cells.map(o => getComputedStyle(o)), tables = [...document.querySelectorAll('.fasterfold :is(table,tr)')].map(o => getComputedStyle(o))
+  const style = cells.map(o => getComputedStyle(o)), tables = [...document.querySelectorAll('.fasterfold :is(table,thead,tr)')].map(o => getComputedStyle(o))
   return {
     cells: cells.length,
     lines: style.filter(s => px(s.borderTopWidth)+px(s.borderLeftWidth)+px(s.borderRightWidth)>0 || px(s.borderBottomWidth)>1).length,
@@ -37,11 +37,21 @@ _ours = '''(() => {
   }
 })()'''
 
-@pytest.mark.parametrize('template,theme', [('lab','light'),('lab','dark'),('classic','light')])
+def in_vscode(shown, theme):
+    "Outputs in VS Code, whose notebooks are no templates: with what its `backLayerWebView.ts` says of tables, and colours of its default themes."
+    back,ink = dict(light=('#ffffff','#3b3b3b'), dark=('#1f1f1f','#cccccc'))[theme]
+    style = f"""body {{background:{back}; color:{ink}; font:13px sans-serif}}
+table,thead,tr,th,td,tbody {{border:none !important; border-collapse:collapse}} table,th,tr {{vertical-align:middle; text-align:right}}
+thead {{font-weight:bold; background-color:rgba(130,130,130,.16)}} th,td {{padding:4px 8px}} tr:nth-child(even) {{background-color:rgba(130,130,130,.08)}}"""
+    outputs = ''.join(f'<div style="overflow-x:auto">{o._repr_html_()}</div>' for o in shown)
+    return f'<!doctype html><meta name="viewport" content="width=device-width"><style>{style}</style><body class="vscode-{theme}">{outputs}'
+
+@pytest.mark.parametrize('template,theme', [('lab','light'),('lab','dark'),('classic','light'),('vscode','light'),('vscode','dark')])
 @pytest.mark.parametrize('width', [1280,414])
 def test_outputs_of_a_notebook(page, deep, three, tmp_path, template, theme, width):
-    export = nbconvert.HTMLExporter(template_name=template, **(dict(theme=theme) if template=='lab' else {}))
-    html,_ = export.from_notebook_node(notebook(deep, three, three.plan, many()))
+    shown = deep,three,three.plan,many()
+    if template=='vscode': html = in_vscode(shown, theme)
+    else: html,_ = nbconvert.HTMLExporter(template_name=template, **(dict(theme=theme) if template=='lab' else {})).from_notebook_node(notebook(*shown))
     path = tmp_path/'notebook.html'
     path.write_text(html, encoding='utf-8')
     page.size(width, 900)
