@@ -1,4 +1,4 @@
-"""The page of results, drawn from what the benchmarks wrote to docs/results: `zoo.json`, `latency-*.json`, `fold.json`, `planning.json`, `certify.json` and `validation.json`.
+"""The page of results, drawn from what the benchmarks wrote to docs/results: `zoo.json`, `latency-*.json`, `fold.json`, `planning.json`, `certify.json`, `onnx.json` and `validation.json`.
 
 Run as a script, it writes the same numbers as CSV beside them."""
 import html, json, statistics, sys
@@ -127,6 +127,20 @@ def kept(models:list, limit:int=12)->list:
         return ', '.join(dict.fromkeys([*[*apart.values()][::-1], *names][:3]))
     return [[sum(c for c,*_ in o), o[0][1], where(o)] for o in rows]
 
+def onnx_part(d:dict|None)->str:
+    "How many norms are left in ONNX files."
+    if not d: return 'Not measured yet: `python benchmarks/onnx_norms.py` does it.'
+    rows = [r for r in d['files'] if r.get('norms')]
+    tools,total = [*d['releases']],sum(r['norms'] for r in rows)
+    def left(t): return sum(r['tools'][t]['norms'] if r['tools'][t]['outcome']=='right' else r['norms'] for r in rows)
+    cells = [['norms left',*(f'{left(t):,}' for t in tools)], ['of all',*(f'{left(t)/max(total, 1):.0%}' for t in tools)],
+        *([what,*(sum(r['tools'][t]['outcome']==o for r in rows) for t in tools)] for o,what in (('crash','models it crashed on'),('wrong','models it made wrong')))]
+    said = (f"PyTorch's own exporter optimizes what it exports, and there are tools that optimize the file further. {len(rows)} models that it exports, none of more than {max((r['params'] for r in rows), default=0)/1e6:.0f} million parameters, "
+        f"run {total:,} norms; these are left in the file as exported, after each tool, and when the model is folded before it is exported. A tool that crashes, or makes a file that computes something else, has removed none.")
+    every = [[r['model'],r['norms'],*(_says(r, t) for t in tools)] for r in rows]
+    return '\n\n'.join([said, table(['',*(f"{t} {d['releases'][t]}" for t in tools)], cells, {*range(1, len(tools)+1)}), described(d['environment'])+'. '+again('onnx_norms.py'),
+        details(f'{len(rows)} models', ['model','norms',*tools], every, {*range(1, len(tools)+2)})])
+
 def _says(m, tool):
     t = m['tools'].get(tool)
     return '' if t is None else str(t['norms']) if t['outcome']=='right' else t['outcome']
@@ -246,20 +260,22 @@ def dozen(d:dict|None)->str:
     if not d or 'models' not in d: return 'Not measured yet: `python benchmarks/latency.py` does it.'
     engines = [k for k in ('torch.compile','onnxruntime','OpenVINO') if any(r['engine']==k for r in d['latency'])]
     found = {(r['model'],r['engine'],r['variant']):r for r in d['latency'] if r['batch']==1 and r['dtype']=='float32'}
+    shown = {m:o for m,o in d['models'].items() if any((m,e,'fasterfold') in found for e in engines)}
+    noise = {e:max((abs(r['ratio'][1]-1) for m,o in shown.items() if not o['folded'] for r in [found[m,e,'fasterfold']] if 'ratio' in r), default=0) for e in ('eager',*engines)}
     def cell(m, engine, variant):
         if (r := found.get((m,engine,variant))) is None: return '–'
         if 'ratio' not in r: return 'fails'
         lo,mid,hi = r['ratio']
-        return f'{mid:.2f}×' if hi<1 or lo>1 else 'same'
+        return f'{mid:.2f}×' if (hi<1 or lo>1) and abs(mid-1)>max(noise[engine], .005) else 'same'
     rows = []
-    for m,o in d['models'].items():
-        if not any((m,e,'fasterfold') in found for e in engines): continue
+    for m,o in shown.items():
         a,b = o['parameters']
         n = o['folded']+o['kept']
-        rows.append([m, f"{o['folded']} of {n}" if n else 'none', f'{a/1e6:.2f} M', f'{100*(b-a)/a:+.2f} %' if a!=b else 'same', *(cell(m, 'eager', v) for v in ('fasterfold','fasterfold channels_last')), *(cell(m, e, 'fasterfold') for e in engines)])
-    head = ['','norms folded','parameters','change','folded','and `channels_last`',*(dict(onnxruntime='ONNX Runtime').get(e, e) for e in engines)]
-    said = ("Time of one call with one item, by that of the original in the same engine; less than 1 is faster, *same* is no difference measured, – is not made for it, and *fails* could not be exported, "
-        f"folded or not. {described(d['environment'])}.")
+        rows.append([m, f"{o['folded']} of {n}" if n else 'none', f'{a/1e6:.2f} M' if a>=1e5 else f'{a/1e3:.1f} k', f'{100*(b-a)/a:+.2f} %' if a!=b else 'same', *(cell(m, 'eager', v) for v in ('fasterfold','fasterfold channels_last')), *(cell(m, e, 'fasterfold') for e in engines)])
+    called = {e:e for e in noise}|dict(onnxruntime='ONNX Runtime')
+    head = ['','norms folded','parameters','change','folded','and `channels_last`',*(called[e] for e in engines)]
+    said = ("Time of one call with one item, by that of the original in the same engine; less than 1 is faster. *Same*: 1 lies in the middle half of the turns, or is no further off than for models of which nothing folds "
+        f"({', '.join(f'{called[e]} {n:.0%}' for e,n in noise.items() if n>.005)}); –: no such weights; *fails*: could not be exported, folded or not. {described(d['environment'])}.")
     return f"{table(head, rows, set(range(1, len(head))))}\n\n{said}"
 
 proofs = """| | for which inputs | by what |
@@ -273,7 +289,7 @@ def to_csv(
     folder:Path, # With the JSON of the benchmarks; one CSV is written beside each
 ):
     "The numbers as tables, a row for each measurement."
-    parts = dict(fold='speed', planning='planning', certify='certificates', validation='validation')
+    parts = dict(fold='speed', planning='planning', certify='certificates', validation='validation', onnx='files')
     for f in sorted(folder.glob('*.json')):
         d = load(f)
         rows = d['latency'] if f.stem.startswith('latency') else d['models'] if f.stem=='zoo' else d[parts[f.stem]]
@@ -286,7 +302,7 @@ def page(
     "The page of results: whatever is there."
     timed = '\n\n'.join(map(latency_part, sorted(folder.glob('latency-*.json'))))
     says = 'Times are medians, measured in turns; the column of the original is the time of one call, the others are its multiples: less than 1 is faster. "no norms" is the same network built without any.'
-    parts = ['# Results', '> What folding is worth, measured on public models, side by side with other tools.', '## How many norms go', zoo_part(load(folder/'zoo.json')),
+    parts = ['# Results', '> What folding is worth, measured on public models, side by side with other tools.', '## How many norms go', zoo_part(load(folder/'zoo.json')), '### In ONNX files', onnx_part(load(folder/'onnx.json')),
         '## What is proved, and what is tested', proofs, '## How much faster', '### Models that people use', dozen(load(folder/'latency-cpu.json')), *([says,timed] if timed else ['No latency has been measured yet: `make bench` does it.']), '## What folding costs', fold_part(load(folder/'fold.json')),
         '### How planning grows', planning_part(load(folder/'planning.json')),
         '## What is certified', certify_part(load(folder/'certify.json')),

@@ -46,6 +46,15 @@ def test_certify(tmp_path):
     assert len(rows)==2 and row['verdict']=='proved' and row['free'] and row['exports'] and row['norms']==3 and row['residue']<=1
     assert '| with free sizes | 2 |' in out.with_suffix('.md').read_text()
 
+def test_onnx_norms(tmp_path):
+    for o in 'onnxsim','onnxslim': pytest.importorskip(o, reason=f'{o} is compared with in benchmarks, and is no requirement of the tests')
+    import onnx_norms
+    out = tmp_path/'onnx.json'
+    onnx_norms.main.__wrapped__(only='tabular_default', out=out)
+    row, = json.loads(out.read_text())['files']
+    assert row['norms']==3 and row['tools'].keys()==onnx_norms.tools.keys() and all(o['outcome']=='right' for o in row['tools'].values())
+    assert row['tools']['fasterfold']['norms']==0<row['tools']['torch.onnx']['norms'] and '| fastai/tabular_default | 3 |' in out.with_suffix('.md').read_text()
+
 def test_random_networks(tmp_path):
     out = tmp_path/'certify.json'
     certify.main.__wrapped__(only='tabular_default', out=out)
