@@ -12,7 +12,7 @@ names = {'fasterai':'fasterai', 'torch.fx':'torch.fx', 'aimet':'AIMET', 'torchao
 returns = {'fasterai':'a copy of the model', 'torch.fx':'a traced graph', 'aimet':'the model, in place', 'torchao':'an exported graph, for the sizes of the sample',
     'mct':'a rebuilt graph, in float32', 'fasterfold':'the model, in place or a copy, with a way back'}
 colors = {'fasterai':'#b0780f', 'torch.fx':'#9468d6', 'aimet':'#1f9494', 'torchao':'#d1524a', 'mct':'#7f8d1f', 'fasterfold':'#3987e5',
-    'original':'#8a8984', 'no norms':'#8a8984', 'fasterfold channels_last':'#cf6a1c'}
+    'original':'#8a8984', 'no norms':'#8a8984', 'fasterfold channels_last':'#cf6a1c', 'fasterfold strip_identity':'#c2489b'}
 zoos = 'timm','torchvision','fastai'
 
 def load(path:Path): return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
@@ -95,7 +95,7 @@ def dots(
 )->str:
     "A row for each name, and on it a dot for each value, which 1 is a line for, as SVG in the colours of the page."
     kinds = list(dict.fromkeys(k for _,vs in rows for k in vs))
-    w,left,top = 560,210,24*((len(kinds)+2)//3)+8
+    w,left,top = 560,max(210, 20+7*max(len(name) for name,_ in rows)),24*((len(kinds)+2)//3)+8
     high = max(1.1, *(v for _,vs in rows for v in vs.values()))
     def x(v): return left+(w-left-14)*v/high
     h = top+20*len(rows)+24
@@ -271,9 +271,9 @@ def dozen(d:dict|None)->str:
     for m,o in shown.items():
         a,b = o['parameters']
         n = o['folded']+o['kept']
-        rows.append([m, f"{o['folded']} of {n}" if n else 'none', f'{a/1e6:.2f} M' if a>=1e5 else f'{a/1e3:.1f} k', f'{100*(b-a)/a:+.2f} %' if a!=b else 'same', *(cell(m, 'eager', v) for v in ('fasterfold','fasterfold channels_last')), *(cell(m, e, 'fasterfold') for e in engines)])
+        rows.append([m, f"{o['folded']} of {n}" if n else 'none', (f'{a/1e6:.2f} M' if a>=1e5 else f'{a/1e3:.1f} k')+f', {100*(b-a)/a:+.2f} %'*(a!=b), *(cell(m, 'eager', v) for v in ('fasterfold','fasterfold channels_last')), *(cell(m, e, 'fasterfold') for e in engines)])
     called = {e:e for e in noise}|dict(onnxruntime='ONNX Runtime')
-    head = ['','norms folded','parameters','change','folded','and `channels_last`',*(called[e] for e in engines)]
+    head = ['','norms folded','parameters','folded','and `channels_last`',*(called[e] for e in engines)]
     said = ("Time of one call with one item, by that of the original in the same engine; less than 1 is faster. *Same*: 1 lies in the middle half of the turns, or is no further off than for models of which nothing folds "
         f"({', '.join(f'{called[e]} {n:.0%}' for e,n in noise.items() if n>.005)}); –: no such weights; *fails*: could not be exported, folded or not. {described(d['environment'])}.")
     return f"{table(head, rows, set(range(1, len(head))))}\n\n{said}"
