@@ -53,13 +53,12 @@ def _slim(model, sample, path, out): onnxslim.slim(str(path), str(out))
 @tool('fasterfold', 'fasterfold')
 def _ours(model, sample, path, out): export(BN_Folder().fold(model, sample), sample, out)
 
-def outputs(path, sample):
-    "What ONNX Runtime computes of the file as it is"
+def outputs(path, feed):
+    "What ONNX Runtime computes of the file as it is; an optimizer may have taken inputs away"
     o = onnxruntime.SessionOptions()
     o.graph_optimization_level,o.intra_op_num_threads = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,1
     s = onnxruntime.InferenceSession(path, o, providers=['CPUExecutionProvider'])
-    xs = [t.numpy() for t in tree_leaves(Sample.of(sample).copied()) if isinstance(t, torch.Tensor)]
-    return [torch.from_numpy(t) for t in s.run(None, {i.name:x for i,x in zip(s.get_inputs(), xs)})]
+    return [torch.from_numpy(t) for t in s.run(None, {i.name:feed[i.name] for i in s.get_inputs()})]
 
 def measure(
     entry:Entry,
@@ -79,12 +78,14 @@ def measure(
     with tempfile.TemporaryDirectory() as d, torch.no_grad():
         path = Path(d)/'model.onnx'
         export(model, sample, path)
-        res['own'] = max(distance(outputs(path, sample), exact), distance(run(model, sample)[0], exact))
+        xs = [t.numpy() for t in tree_leaves(Sample.of(sample).copied()) if isinstance(t, torch.Tensor)]
+        feed = {i.name:x for i,x in zip(onnx.load(path).graph.input, xs)}
+        res['own'] = max(distance(outputs(path, feed), exact), distance(run(model, sample)[0], exact))
         for name,(_,f) in tools.items():
             out,start = Path(d)/f'{name}.onnx',time.process_time()
             try:
                 f(copy.deepcopy(model), sample, path, out)
-                row = dict(seconds=time.process_time()-start, norms=len(norms_left(out, False)), error=distance(outputs(out, sample), exact))
+                row = dict(seconds=time.process_time()-start, norms=len(norms_left(out, False)), error=distance(outputs(out, feed), exact))
                 row['outcome'] = 'right' if row['error'] is not None and row['error']<=10*res['own']+1e-6 else 'wrong' # all is float32
             except Exception as e: row = dict(outcome='crash', why=f'{type(e).__name__}: {(str(e).strip().splitlines() or [""])[0][:150]}')
             res['tools'][name] = row
