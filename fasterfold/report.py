@@ -352,10 +352,10 @@ def _caption(self:FoldReport):
 def plot(self:FoldReport)->matplotlib.figure.Figure:
     "Latencies before and after, and where the norms went."
     timed,norms = self._timed,self._fate
-    wide = bool(timed)+bool(norms)
+    columns = bool(timed)+bool(norms)
     tall = max(len(timed)*(1+.42*len(self._columns)), (1.4+.27*len({b for b,_ in norms}))*bool(norms), .3)
-    fig = plt.figure(figsize=(max(5*wide, 7),1+tall), layout='constrained')
-    grid = fig.add_gridspec(max(len(timed), 1), max(wide, 1))
+    fig = plt.figure(figsize=(max(5*columns, 7),1+tall), layout='constrained')
+    grid = fig.add_gridspec(max(len(timed), 1), max(columns, 1))
     for i,(k,c) in enumerate(timed.items()): _runs(fig.add_subplot(grid[i,0]), c, k, self._columns[-1])
     if norms: _went(fig.add_subplot(grid[:,-1]), norms, 'where the norm layers went')
     for ax in fig.axes:
