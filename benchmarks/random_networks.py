@@ -18,7 +18,7 @@ from zoo import in_fork
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'tests'))
 
 kinds = dict(right='random networks, folded', wrong='random networks, folded by a broken rule, with a changed weight or without a norm, which shows in their outputs',
-    hidden='the same where no output shows it', over='random networks that took over five minutes or too much memory')
+    hidden='the same where no output shows it', over='random networks that could not be judged: an error, or too much time or memory')
 
 def judge(
     seed:int # Of a random network

@@ -19,7 +19,7 @@ from fasterfold.certify import Certificate, Table, Walk, certify
 from fasterfold.fold import BN_Folder
 from fasterfold.rules import PULL, PUSH
 from fasterfold.sample import Sample
-from fasterfold.state import FoldError
+from fasterfold.state import FoldError, copy_model
 from helpers import *
 import fasterfold.export, fasterfold.learner # give learners what they fold by, chkstyle: ignore
 from learners import KINDS, MaskBlock, images, mask
@@ -596,7 +596,7 @@ def changed_weight(net, sample, rng):
 
 def dropped_norm(net, sample, rng):
     "`net` without one of its norms, folded."
-    new = copy.deepcopy(net)
+    new = copy_model(net)
     slots = [(m,k) for m in new.modules() for k,o in m.named_children() if isinstance(o, (nn.modules.batchnorm._NormBase,nn.GroupNorm,nn.LayerNorm))]
     if slots:
         m,k = rng.choice(slots)
