@@ -4,7 +4,7 @@ Models, weights and limits are those of `zoo.py`. README.md here says what is co
 import os
 for o in 'OMP','MKL','OPENBLAS': os.environ[f'{o}_NUM_THREADS'] = '1' # before torch, so that seconds are those of one core
 
-import json, re, subprocess, tempfile, time, warnings, zlib
+import json, re, subprocess, tempfile, time, warnings
 from collections import Counter
 from pathlib import Path
 
@@ -14,23 +14,21 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import fasterfold.certify
-from common import described, environment, hostile, results, save, table
+from common import described, environment, results, save, table
+from fasterfold.cost import count_parameters
 from fasterfold.certify import certify
 from fasterfold.fold import BN_Folder
 from fasterfold.sample import Sample
 from fasterfold.state import FoldError
-from zoo import Entry, collections, in_fork
+from zoo import Entry, built, go_on, in_fork, in_turn
 
 fasterfold.certify.default_timer = time.process_time # seconds of one core, whatever else runs on the machine
 
 def folded(
-    entry:Entry
+    model, # As from `built`
+    sample
 ) -> tuple: # The model, the same folded, its sample, and the plan
-    "A model of the zoo with the weights it has each time"
-    seed = zlib.crc32(entry.key.encode())
-    torch.manual_seed(seed)
-    model,sample = entry.build()
-    hostile(model.eval(), sample, seed)
+    "A model of the zoo, folded"
     folder = BN_Folder()
     return model,folder.fold(model, sample),sample,folder.result
 
@@ -39,9 +37,9 @@ def measure(
     limit:float # Millions of parameters
 ) -> dict: # A row of results, None if the model is larger
     "Fold a model of the zoo, and ask for a certificate"
-    res = dict(model=entry.key, params=sum(o.numel() for o in entry.build()[0].parameters()))
-    if res['params']>limit*1e6: return None
-    try: model,new,sample,plan = folded(entry)
+    if (found := built(entry, limit)) is None: return None
+    res = dict(model=entry.key, params=count_parameters(found[0]))
+    try: model,new,sample,plan = folded(*found)
     except FoldError as e: return dict(res, verdict='not folded', why=str(e)[:200])
     cert = certify(model, new, sample)
     exports = not cert.why.startswith('it cannot be exported')
@@ -64,7 +62,7 @@ def ask_onnxsim(
     python:str # A Python that has it
 ) -> dict: # What it says
     "Have onnxsim's prover compare a model of the zoo and the same folded, as ONNX of one size"
-    model,new,sample,_ = folded(entry)
+    model,new,sample,_ = folded(*built(entry))
     args,kwargs = Sample.of(sample).copied()
     with tempfile.TemporaryDirectory() as d:
         for k,m in dict(a=model, b=new).items():
@@ -111,18 +109,8 @@ def main(
     warnings.simplefilter('ignore')
     res = dict(certificates=[]) | (json.loads(out.read_text()) if out.exists() else {})
     res = dict(environment=environment(['torch','torchvision','timm','fastai','fasterfold'])) | {k:v for k,v in res.items() if k!='environment'} # what was tried besides stays
-    end,done,todo = time.time()+60*minutes,{r['model'] for r in res['certificates']},[f() for f in collections.values()]
-    todo = [es[i] for i in range(max(map(len, todo))) for es in todo if i<len(es)]
-    for entry in (bar := tqdm([e for e in todo if e.params<=limit*1e6 and (e.name in only.split(',') if only else e.key not in done)])):
-        if time.time()>end: break
-        bar.set_postfix_str(entry.key)
-        row = in_fork(lambda: measure(entry, limit))
-        if row is None: continue
-        if 'over' in row: row = dict(model=entry.key, verdict='over', why=str(row['over'])[:200])
-        others = [r for r in res['certificates'] if r['model']!=entry.key]
-        res['certificates'] = sorted([*others,row], key=lambda r: r['model'])
-        save(out, res, page)
-    entries = {e.key:e for e in todo}
+    end,entries = time.time()+60*minutes,{e.key:e for e in in_turn()}
+    go_on(lambda e: measure(e, limit), res['certificates'], lambda: save(out, res, page), end, limit, only)
     for row in tqdm([r for r in res['certificates'] if onnxsim and r.get('norms') and r['model'] in entries and 'onnxsim' not in r]):
         if time.time()>end: break
         row['onnxsim'] = in_fork(lambda: ask_onnxsim(entries[row['model']], onnxsim))

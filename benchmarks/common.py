@@ -9,9 +9,26 @@ from torch.utils.benchmark import Timer
 from torch.utils.benchmark.utils.timer import timer as wall
 
 __all__ = ['results', 'hostile', 'chain', 'timer', 'in_turns', 'stats', 'ratio', 'environment', 'described', 'load', 'save', 'table', 'ms', 'times', 'slope',
-    'grouped', 'by_variant', 'helped', 'typical', 'generic']
+    'grouped', 'by_variant', 'helped', 'typical', 'generic', 'registry', 'in_short']
 
 results = Path(__file__).parents[1]/'docs'/'results'
+
+# ---- Tools
+
+def registry(
+    found:dict, # name -> (what is said of it, function), to be filled
+):
+    "A decorator `f(name, said)` that registers what it decorates"
+    def _named(name, said):
+        def _register(f):
+            found[name] = said,f
+            return f
+        return _register
+    return _named
+
+def in_short(e:Exception) -> str:
+    "Its kind, and the first line of what it says"
+    return f'{type(e).__name__}: {(str(e).strip().splitlines() or [""])[0][:200]}'
 
 # ---- Models
 

@@ -20,8 +20,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torchvision import models as M
 from tqdm import tqdm
 
-from common import (by_variant, chain, described, environment, grouped, helped, hostile, in_turns, load, ms, ratio, results, save, slope, stats,
-    table, timer, times)
+from common import (by_variant, chain, described, environment, grouped, helped, hostile, in_short, in_turns, load, ms, ratio, registry,
+    results, save, slope, stats, table, timer, times)
 from fasterfold.bench import Case, engines as deployed_to
 from fasterfold.proof import distance
 from fasterfold.fold import BN_Folder
@@ -155,29 +155,20 @@ def variants(
     def _try(name, f):
         try:
             with torch.no_grad(), redirect_stdout(StringIO()): res[name] = f()
-        except Exception as e: res[name] = f'{type(e).__name__}: {(str(e).strip().splitlines() or [""])[0][:200]}'
+        except Exception as e: res[name] = in_short(e)
     for k,o in tools.items(): _try(k, lambda: o.fold(copy_model(model), sample)[0])
     _try(stripped, lambda: BN_Folder(strip_identity=True).fold(model, sample))
     if any(p.ndim==4 for p in model.parameters()): _try(last, lambda: BN_Folder(channels_last=True).fold(model, sample))
     _try(limit, lambda: normless(BN_Folder(store_weights=False).fold(holding(model), sample)))
     return res
 
-all_engines = {} # name -> (function that readies a model, devices it runs on)
+all_engines = {} # name -> (devices it runs on, `f(model, sample)`, which returns something to call with the arguments in `sample`)
+engine = registry(all_engines)
 
-def engine(
-    name:str,   # What the tables call it
-    *devices    # 'cpu', 'cuda'
-):
-    "Register the decorated `f(model, sample)`, which returns something to call with the arguments in `sample`"
-    def _register(f):
-        all_engines[name] = f,devices
-        return f
-    return _register
-
-@engine('eager', 'cpu', 'cuda')
+@engine('eager', ('cpu','cuda'))
 def _eager(model, sample): return model
 
-@engine('CUDA graph', 'cuda')
+@engine('CUDA graph', ('cuda',))
 def _graph(model, sample):
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -198,7 +189,7 @@ def _deployed(name):
             return deployed_to[name].ready(Case(model, Sample.of(sample), d))
     return _ready
 
-for _k,_name,*_devices in ('torch.compile','torch.compile','cpu','cuda'),('onnxruntime','ONNX Runtime','cpu'),('OpenVINO','OpenVINO','cpu'): engine(_k, *_devices)(_deployed(_name))
+for _k,_name,*_devices in ('torch.compile','torch.compile','cpu','cuda'),('onnxruntime','ONNX Runtime','cpu'),('OpenVINO','OpenVINO','cpu'): engine(_k, _devices)(_deployed(_name))
 
 whole = 'eager','CUDA graph' # Engines that run every variant; the others have passes of their own, and run the original and ours
 dists = {'onnxruntime': ['onnx','onnxscript','onnxruntime'], 'OpenVINO': ['onnx','onnxscript','openvino']} # Where the engines come from that are not PyTorch's own
@@ -221,12 +212,12 @@ def measure(
         if isinstance(m, str): rows[k]['why'] = m
         else:
             try:
-                ready[k] = all_engines[what['engine']][0](m, sample)
+                ready[k] = all_engines[what['engine']][1](m, sample)
                 for _ in range(2): out = ready[k](*sample)
                 if k!=limit: rows[k]['error'] = distance(_tensors(out), refs) # with norms that stay, it computes something else
             except Exception as e:
                 ready.pop(k, None)
-                rows[k]['why'] = f'{type(e).__name__}: {(str(e).strip().splitlines() or [""])[0][:200]}'
+                rows[k]['why'] = in_short(e)
     timers = {k: timer('f(*sample)', f=f, sample=sample) for k,f in ready.items()}
     res = in_turns(timers, turns, lambda t: t.blocked_autorange(min_run_time=seconds))
     t = {k: times(o) for k,o in res.items()}
@@ -326,7 +317,7 @@ def main(
     warnings.simplefilter('ignore')
     if threads: torch.set_num_threads(threads)
     if quick: turns,seconds = 3,.01
-    kinds = [o for o in _chosen(engines, all_engines) if device in all_engines[o][1]]
+    kinds = [o for o in _chosen(engines, all_engines) if device in all_engines[o][0]]
     names = {o: [k for k in kinds if models or k in whole or o in deployed] for o in (_chosen(models, all_models) if models else all_models)}
     sizes,out = batches[:1] if quick else batches,Path(out or results/f'latency-{device}.json')
     dtypes,tools = [torch.float32,torch.float16] if device=='cuda' else [torch.float32],load_peers(tools.split(','))

@@ -4,36 +4,27 @@ Models, weights and limits are those of `zoo.py`. README.md here says what is co
 import os
 for o in 'OMP','MKL','OPENBLAS': os.environ[f'{o}_NUM_THREADS'] = '1' # before torch, so that seconds are those of one core
 
-import copy, json, shutil, tempfile, time, warnings, zlib
+import copy, json, shutil, tempfile, time, warnings
 from importlib.metadata import version
 from pathlib import Path
 
 import onnx, onnxruntime, onnxsim, onnxslim, torch
 from fastcore.script import call_parse
 from torch.utils._pytree import tree_leaves
-from tqdm import tqdm
 
-from common import described, environment, hostile, results, save, table
+from common import described, environment, in_short, registry, results, save, table
+from fasterfold.cost import count_parameters
 from fasterfold.files import norms_left
 from fasterfold.fold import BN_Folder
 from fasterfold.sample import Sample
-from zoo import Entry, as_dtype, collections, distance, in_fork, run
+from zoo import Entry, as_dtype, built, distance, go_on, run
 
 def export(model, sample, path):
     args,kwargs = Sample.of(sample).copied()
     torch.onnx.export(model, args, path, kwargs=kwargs, dynamo=True, external_data=False, verbose=False)
 
-tools = {} # name -> (distribution, function that writes an ONNX file)
-
-def tool(
-    name:str, # What the tables call it
-    dist:str, # Distribution that has its version
-):
-    "Register the decorated `f(model, sample, path, out)`, which writes to `out` what it makes of the model, or of `path`, to which PyTorch has exported it"
-    def _register(f):
-        tools[name] = dist,f
-        return f
-    return _register
+tools = {} # name -> (distribution, `f(model, sample, path, out)`, which writes to `out` what it makes of the model, or of `path`, to which PyTorch has exported it)
+tool = registry(tools)
 
 @tool('torch.onnx', 'onnxscript')
 def _exported(model, sample, path, out): shutil.copy(path, out) # its own optimizer has folded what it does
@@ -65,16 +56,12 @@ def measure(
     limit:float # Millions of parameters
 ) -> dict: # A row of results, None if the model is larger
     "Export a model of the zoo, and count the norms that each tool leaves"
-    seed = zlib.crc32(entry.key.encode())
-    torch.manual_seed(seed)
-    model,sample = entry.build()
-    params = sum(o.numel() for o in model.parameters())
-    if params>limit*1e6: return None
-    hostile(model.eval(), sample, seed)
+    if (found := built(entry, limit)) is None: return None
+    model,sample = found
     torch.set_default_dtype(torch.float64)
     exact,norms = run(copy.deepcopy(model).double(), as_dtype(sample, torch.float64))
     torch.set_default_dtype(torch.float32)
-    res = dict(model=entry.key, norms=norms, params=params, tools={})
+    res = dict(model=entry.key, norms=norms, params=count_parameters(model), tools={})
     with tempfile.TemporaryDirectory() as d, torch.no_grad():
         path = Path(d)/'model.onnx'
         export(model, sample, path)
@@ -87,7 +74,7 @@ def measure(
                 f(copy.deepcopy(model), sample, path, out)
                 row = dict(seconds=time.process_time()-start, norms=len(norms_left(out, False)), error=distance(outputs(out, feed), exact))
                 row['outcome'] = 'right' if row['error'] is not None and row['error']<=10*res['own']+1e-6 else 'wrong' # all is float32
-            except Exception as e: row = dict(outcome='crash', why=f'{type(e).__name__}: {(str(e).strip().splitlines() or [""])[0][:150]}')
+            except Exception as e: row = dict(outcome='crash', why=in_short(e))
             res['tools'][name] = row
     return res
 
@@ -111,13 +98,4 @@ def main(
     warnings.simplefilter('ignore')
     res = dict(files=[]) | (json.loads(out.read_text()) if out.exists() else {})
     res = dict(environment=environment(['torch','torchvision','timm','fastai','onnx',*dict.fromkeys(d for d,_ in tools.values())]), releases={t:version(d) for t,(d,_) in tools.items()}, files=res['files'])
-    end,done,todo = time.time()+60*minutes,{r['model'] for r in res['files']},[f() for f in collections.values()]
-    todo = [es[i] for i in range(max(map(len, todo))) for es in todo if i<len(es)]
-    for entry in (bar := tqdm([e for e in todo if e.params<=limit*1e6 and (e.name in only.split(',') if only else e.key not in done)])):
-        if time.time()>end: break
-        bar.set_postfix_str(entry.key)
-        row = in_fork(lambda: measure(entry, limit))
-        if row is None: continue
-        if 'over' in row: row = dict(model=entry.key, why=str(row['over'])[:200])
-        res['files'] = sorted([*(r for r in res['files'] if r['model']!=entry.key),row], key=lambda r: r['model'])
-        save(out, res, page)
+    go_on(lambda e: measure(e, limit), res['files'], lambda: save(out, res, page), time.time()+60*minutes, limit, only)

@@ -8,6 +8,8 @@ import warnings
 import torch
 from torch import nn
 
+from common import registry
+
 __all__ = ['peers', 'any_shape', 'Peer', 'load_peers']
 
 @dataclass
@@ -18,16 +20,7 @@ class Peer:
     fold:Callable # `fold(model, sample)` with `model` in eval and `sample` a tuple of arguments: the folded model, and the (norm, reason, calls) it kept where the tool says so
 
 peers = {} # name -> (distribution it comes from, function that imports it and returns its `fold`)
-
-def peer(
-    name:str, # What the tables call it
-    dist:str, # Distribution that has its version
-):
-    "Register the decorated importer as a tool"
-    def _register(f):
-        peers[name] = dist,f
-        return f
-    return _register
+peer = registry(peers)
 
 @peer('fasterai', 'fasterai')
 def _fasterai():

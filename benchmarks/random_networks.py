@@ -41,11 +41,8 @@ def main(
     import test_certify # what every process needs, chkstyle: ignore
     end = time.time()+60*minutes
     res = json.loads(out.read_text())
-    found = {k:dict(what=what, tried=0, proved=0, wrong=0) for k,what in kinds.items()}
-    for o in res.get('tried', []):
-        for k,v in found.items():
-            if o['what']==v['what']: found[k] = o
-    others = [o for o in res.get('tried', []) if o['what'] not in kinds.values()]
+    others = {o['what']:o for o in res.get('tried', [])}
+    found = {k:others.pop(what, dict(what=what, tried=0, proved=0, wrong=0)) for k,what in kinds.items()}
     for seed in (bar := tqdm(range(sum(o['tried'] for o in found.values()), most))):
         if time.time()>end: break
         row = in_fork(lambda: judge(seed))
@@ -54,5 +51,5 @@ def main(
         o['proved'] += row.get('proved', False)
         o['wrong'] += row.get('wrong', False)
         if row.get('wrong'): bar.write(f'seed {seed} is proved and wrong')
-        res['tried'] = [*others, *(v for v in found.values() if v['tried'])]
+        res['tried'] = [*others.values(), *(v for v in found.values() if v['tried'])]
         save(out, res, page)

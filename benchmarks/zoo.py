@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-from common import generic, hostile, results, table
+from common import generic, hostile, in_short, results, table
+from fasterfold.cost import count_parameters
 from peers import Peer, load_peers, peers
 
 root = Path(__file__).parents[1]
@@ -144,6 +145,23 @@ def fastai_models():
 
 collections = dict(fastai=fastai_models, torchvision=torchvision_models, timm=timm_models)
 
+def in_turn()->list: # Of `Entry`
+    "All models, one of each collection after the other"
+    todo = [f() for f in collections.values()]
+    return [es[i] for i in range(max(map(len, todo))) for es in todo if i<len(es)]
+
+def built(
+    entry:Entry,
+    limit:float=math.inf # Millions of parameters
+): # Model in eval and sample, or `None` if it is larger
+    "A model of the zoo with hostile weights, the same each time"
+    seed = zlib.crc32(entry.key.encode())
+    torch.manual_seed(seed)
+    model,sample = entry.build()
+    if count_parameters(model)>limit*1e6: return None
+    hostile(model.eval(), sample, seed)
+    return model,sample
+
 # ---- Measuring
 
 _norm_kernels = {'native_batch_norm', 'cudnn_batch_norm', 'miopen_batch_norm', '_native_batch_norm_legit_no_training'}
@@ -196,7 +214,7 @@ def measure(
     except MemoryError: raise
     except Exception as e:
         if _no_memory(e): raise
-        return dict(crash=f'{type(e).__name__}: {(str(e).strip().splitlines() or [""])[0][:200]}', stage=stage)
+        return dict(crash=in_short(e), stage=stage)
     same = same_as is not None and len(out)==len(same_as) and all(map(torch.equal, out, same_as))
     return dict(out=out if same_as is None else None, seconds=secs, norms=norms, error=distance(out, ref), same=same, kept=kept)
 
@@ -233,6 +251,25 @@ def in_fork(
             return dict(over='time' if sig==signal.SIGXCPU or (wall and time.time()>end) else sig.name)
         return torch.load(result, weights_only=False) if result.exists() else dict(over=f'exit status {status[1]}')
 
+def go_on(
+    measure:Callable, # Makes a row of an entry, or `None` if it is left out
+    rows:list,        # Of `dict(model=…)`, sorted; each new one goes into its place
+    write:Callable,   # Called after each
+    end:float,        # The time at which to stop
+    limit:float,      # Millions of parameters above which a model is left out
+    only:str=''       # Names of models, comma-separated; by default all that have no row yet
+):
+    "Measure models of the zoos in forked processes, collections in turns, from where the last run stopped"
+    done = {r['model'] for r in rows}
+    for entry in (bar := tqdm([e for e in in_turn() if e.params<=limit*1e6 and (e.name in only.split(',') if only else e.key not in done)])):
+        if time.time()>end: break
+        bar.set_postfix_str(entry.key)
+        row = in_fork(lambda: measure(entry))
+        if row is None: continue
+        if 'over' in row: row = dict(model=entry.key, verdict='over', why=str(row['over'])[:200])
+        rows[:] = sorted([*(r for r in rows if r['model']!=entry.key),row], key=lambda r: r['model'])
+        write()
+
 def fold_with(
     tool:Peer,
     model:nn.Module, # In eval
@@ -261,12 +298,9 @@ def measure_model(
     limit:float=math.inf # Millions of parameters above which nothing is measured
 ):
     "Run a model in float32 and float64, fold it with each of the tools; a row for each"
-    seed = zlib.crc32(entry.key.encode()) # the same weights each time
-    torch.manual_seed(seed)
-    model,sample = entry.build()
-    row = dict(key=entry.key, tool='original', params=sum(o.numel() for o in model.parameters()))
-    if row['params']>limit*1e6: return
-    hostile(model.eval(), sample, seed)
+    if (found := built(entry, limit)) is None: return
+    model,sample = found
+    row = dict(key=entry.key, tool='original', params=count_parameters(model))
     def _reference():
         torch.set_default_dtype(torch.float64)
         return dict(out=run(model.double(), as_dtype(sample, torch.float64))[0])
