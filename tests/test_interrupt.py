@@ -215,7 +215,7 @@ def test_fold_plan(plain): assert_as_it_was(seen_by(plain), plain.fold_plan, 6)
 
 def test_fold_bench(plain, monkeypatch):
     for k in [*engines][2:]: monkeypatch.delitem(engines, k) # those that are not ours
-    assert_as_it_was(seen_by(plain), partial(plain.fold_bench, seconds=.001), 2)
+    assert_as_it_was(seen_by(plain), partial(plain.fold_bench, seconds=.001), 6)
 
 def test_folded(plain):
     inside = 0
