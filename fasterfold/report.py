@@ -85,8 +85,9 @@ def folded_rows(
     limit:int=12, # Rows at most
 )->list: # Rows of text, the first the head
     "Folded norms by block: how many, which way and into which layers."
-    block = blocks([n for n,*_ in gone(plan)], limit)
-    groups = groupby(gone(plan), lambda o: (block[o[0]],o[1]))
+    went = gone(plan)
+    block = blocks([n for n,*_ in went], limit)
+    groups = groupby(went, lambda o: (block[o[0]],o[1]))
     rows = [[b, str(len(os)), d, _several([n for *_,into in os for n in into])] for (b,d),os in groups.items()]
     more = lambda rs: [f'and {len(rs)} more', str(sum(int(r[1]) for r in rs)), '', '']
     return [['block', 'norms', 'direction', 'into'], *_cut(rows, limit, more)]
