@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from .constants import computing, explained, storable, store_weights, told_by_reason
 from .cover import Cover, describe, on_inputs, same_edits, widen
-from .edit import Snapshot, apply_plan, by_name
+from .edit import Snapshot, apply_plan
 from .formats import Formats, conv_weights
 from .interrupt import check, whole
 from .plan import FoldPlan, merges, plan_folds
@@ -358,9 +358,6 @@ def _proved(self:BN_Folder, target, cover):
     if self.verify and (main.plan.folded or self.strip_identity): widen(cover)
     exclude = dict(main.exclude)
     tests,plan = _tests(cover) if self.verify else [],main.plan
-    while not tests and plan.apart and _uses_what_was_written(target, main, plan.apart):
-        exclude |= {k:f"`{main.graph.modules[m][0]}` ({type(m).__name__}) writes in place to what is still needed afterwards" for m,ks in plan.apart.items() for k in ks}
-        plan = plan_folds(main.graph, exclude)
     plan = self._fold_as(target, main.graph, exclude, tests, plan)
     while plan.proof is not None and not plan.proof.ok:
         self._blame(target, cover, exclude, tests, plan)

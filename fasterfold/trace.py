@@ -21,7 +21,7 @@ from fastcore.basics import AttrDict, patch
 from .guards import Watch
 from .interrupt import whole
 from .sample import Sample, ask, returned, tensors_of, unheard
-from .state import Dispatch, FoldError, growing, held_by, passing, preserved
+from .state import Dispatch, FoldError, growing, held_by, is_dense, passing, preserved
 
 # %% ../nbs/04_trace.ipynb #35421d42
 @dataclass(eq=False)
@@ -75,6 +75,7 @@ class Op:
     outs:list = field(default_factory=list) # Values it made, None where an output is no tensor
     writes:list = field(default_factory=list) # Storages it wrote to
     sized:bool = False # Did it run in a function to which a size or another number of the sample was passed?
+    reread:bool = False # Is what it wrote read through a tensor from before, and not through what its module returned?
 
     @property
     def out(self): return self.outs[0]
@@ -207,6 +208,7 @@ class _Known:
         ref,v = self.items.get(id(t), (None,None))
         return v if ref is not None and ref() is t else None
     def put(self, t, v): self.items[id(t)] = weakref.ref(t),v
+    def living(self): return [v for ref,v in self.items.values() if ref() is not None]
 
 # %% ../nbs/04_trace.ipynb #ed85277f
 class Tracer(Dispatch):
@@ -218,6 +220,7 @@ class Tracer(Dispatch):
         super().__init__()
         self.graph,self.known,self.stack = Graph(),_Known(),[] # `stack`: the module calls we are in
         self.stores,self.written,self.watch = 0,{},None # how many storages there are, and the last write to each
+        self.passed = _Known() # what a module wrote to and returned, which another tensor stands for since
         self.varying = set() # storages of leaves, and those that were written to with something that is not the same for every input
         named = list(model.named_modules(remove_duplicate=False))
         for name,m in named: self.graph.modules.setdefault(m, []).append(name)
@@ -272,7 +275,9 @@ def value(self:Tracer, t):
     v = self.known.get(t)
     if v is None: return self._add(t, 'outside', tensor=t)
     wrote = self.written.get(v.store)
+    if self.passed.get(t) is not None: self.passed.get(t).op.reread = True
     if wrote is None or wrote.time<=v.time: return v
+    wrote.op.reread = True
     op = self._op(None, 'stale', AttrDict(), [v, wrote])
     const = v.const and v.store not in self.varying
     op.outs = [self._add(t, 'op', v.store, op=op, const=const, tensor=unheard(t) if const else None)]
@@ -356,6 +361,16 @@ def _exit_module(self:Tracer, m, args, *rest):
     call.returned = self.seen(out)
     self._watch(m, (*kwargs,out))
     if isinstance(m, torch.jit.ScriptModule): self._doubt(call, args, kwargs, out)
+    elif call.out is not None and call.out.op in call.ops and any(out is a for a in args) and is_dense(out): return self._pass_on(out, call)
+
+@patch
+def _pass_on(self:Tracer, t, call):
+    "Another tensor of what `t` shows, which `call` wrote to and returned: who goes on with which of them can be told apart then."
+    with _disable_current_modes(): new = t.new_empty(0).set_(t) # a view would hold on to it
+    self.known.put(new, call.out)
+    self.passed.put(t, call.out)
+    call.out.op.reread = bool(user_hooks(call.module)) # they see both
+    return new
 
 # %% ../nbs/04_trace.ipynb #adce3fd6
 @patch
@@ -570,6 +585,7 @@ def _record(model, sample, watched, still):
         for v in graph.outputs: v.is_output = True
         if sample.parts: _mark_parts(tracer, sample.parts, out[1])
         for v in tracer.outliving(): v.hooks.append('what outlives the forward pass')
+        for v in tracer.passed.living(): v.op.reread = True
     for op in graph.ops: _add_absent(op, graph, known)
     _others(model, graph)
     if graph.parted: graph.results = _in_wholes(model, sample, Watch(tracer.owns) if watched else None)

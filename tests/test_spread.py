@@ -142,7 +142,50 @@ def test_code_that_uses_what_an_activation_wrote(verify):
     folder = BN_Folder(verify=verify)
     check_fold(net, folder.fold(net, image()), image(3, 8, 8))
     assert not folder.result.folded and net.act.inplace
-    assert verify or '`act` (ReLU) writes in place' in reason(folder.result, 'p')
+    assert '`act` (ReLU) writes in place' in reason(folder.result, 'p')
+
+class Aside(nn.Module):
+    "Whoever asks for it also gets a value made of what an activation wrote to, and not of what that returned."
+    def __init__(self, makes, look=lambda y: y):
+        super().__init__()
+        self.a,self.p,self.act,self.b,self.c,self.aside = conv(),bn(),nn.ReLU(True),conv(4, 4),conv(4, 4),conv(4, 4)
+        self.makes,self.look,self.seen = makes,look,[]
+    def forward(self, x, asks=False):
+        u = self.a(x)
+        y = self.p(u)
+        seen = self.look(y)
+        res = self.b(self.act(y))+self.c(u)
+        if self.makes=='keeps': self.seen[:] = [seen]
+        if self.makes=='always' or asks: aside = self.aside(seen)
+        return (res,aside) if asks else res
+
+@pytest.mark.parametrize('look', [lambda y: y, lambda y: y[:,:], lambda y: y.permute(0,1,3,2)], ids=['itself','view','permuted'])
+@pytest.mark.parametrize('makes', ['on_request','always','keeps'])
+@pytest.mark.parametrize('verify', [False,True])
+def test_code_that_may_use_what_an_activation_wrote(verify, makes, look):
+    "It is the same that it writes in place, be it used only if the model is asked to, for nothing at all, or after the forward pass."
+    net,x = scaled(lambda: Aside(makes, look), 'positive'),image()
+    folder = BN_Folder(verify=verify)
+    new = folder.fold(net, x)
+    assert not folder.result.folded and new.act.inplace
+    check_fold(net, new, {'x':x, 'asks':True})
+    assert not has_changed(net, new, x)
+
+def test_hook_that_sees_what_an_activation_wrote_to():
+    net,x,seen = scaled(lambda: Aside('on_request'), 'positive'),image(),[]
+    net.act.register_forward_hook(lambda m,args,out: seen.append(args[0].clone()))
+    new = BN_Folder().fold(net, x)
+    for m in (net,new): run(m, x)
+    assert distance(seen[-1:], seen[-2:-1])<1e-5
+
+def test_activation_whose_result_alone_is_used():
+    "Another name for what it wrote to harms nothing."
+    def f(m, x):
+        u = m.a(x)
+        y = m.p(u)
+        y = r = m.act(y)
+        return m.b(y+r[:,:])+m.c(u)
+    goes(lambda: Fn(f, a=conv(), p=bn(), act=nn.ReLU(True), b=conv(4, 4), c=conv(4, 4)), images(), positive=1)
 
 def test_residual_network_with_norms_in_front():
     "All norms go, if their scales are positive."
