@@ -291,6 +291,22 @@ def fold_with(
     right = r['error'] is not None and r['error']<=wrong_above
     return dict(outcome='right' if right else 'wrong', structural=r['error'], **res)
 
+def left_if_positive(
+    model:nn.Module, # In eval
+    sample:tuple,    # Its arguments
+    tool:Peer
+): # `None` where that fold is not right
+    "Norm calls left by `tool` where all scales of norms are positive"
+    def _fold():
+        torch.set_default_dtype(torch.float64)
+        with torch.no_grad():
+            for m in model.modules():
+                if getattr(m, 'running_mean', None) is not None and m.weight is not None: m.weight.abs_().clamp_(min=0.1)
+        ref = run(model.double(), as_dtype(sample, torch.float64))[0]
+        return measure(model, sample, torch.float64, tool.fold, ref)
+    r = in_fork(_fold)
+    return r['norms'] if r.get('error') is not None and r['error']<=wrong_above else None
+
 def measure_model(
     entry:Entry,
     tools:list,    # Of `Peer`
@@ -309,7 +325,10 @@ def measure_model(
     if why := own.get('over') or own.get('crash'): return write(dict(row, over=why))
     if not all(o.isfinite().all() for o in ref['out']): return write(dict(row, over='outputs are not finite'))
     write(dict(row, norms=own['norms'], own=own['error']))
-    for tool in tools: write(dict(key=entry.key, tool=tool.name, version=tool.version, **fold_with(tool, model, sample, ref['out'], own['out'])))
+    for tool in tools:
+        row = fold_with(tool, model, sample, ref['out'], own['out'])
+        if tool.name=='fasterfold' and row.get('norms'): row['positive'] = left_if_positive(model, sample, tool)
+        write(dict(key=entry.key, tool=tool.name, version=tool.version, **row))
 
 # ---- The log and the tables
 
@@ -412,9 +431,12 @@ def merge():
         if r['outcome']=='wrong': return f"off by {_fmt(r['structural'], '.2g')} in float64"
         return (r.get('crash') or r['over']) + (' (in float64)' if 'dtype' in r else '')
     failed = [_row(m, t, outcome=r['outcome'], why=_why(r)) for m in models for t,r in m['tools'].items() if r['outcome']!='right']
+    def _kept(m): return m['tools'].get('fasterfold', {}).get('norms')
+    positive = [dict(collection=m['collection'], name=m['name'], norms=m['norms'], left=_kept(m), positive=m['tools']['fasterfold'].get('positive'))
+        for m in models if _kept(m)]
     head = dict(releases=releases, python=platform.python_version(), limits=dict(cpu_seconds=cpu_secs, gigabytes=gigabytes), wrong_above=wrong_above,
         summary=summarise(models), summary_alike=summarise(alike) if len(alike)<len(models) else [],
-        reasons=reasons, peers_ahead=ahead, failed=failed, unmeasured=unmeasured)
+        reasons=reasons, positive=positive, peers_ahead=ahead, failed=failed, unmeasured=unmeasured)
     results.mkdir(parents=True, exist_ok=True)
     rows = ',\n'.join(json.dumps(o) for o in models) # one model a line, so that differences read well
     (results/'zoo.json').write_text(json.dumps(head, indent=1)[:-2] + f',\n "models": [\n{rows}\n]}}\n')
@@ -434,6 +456,10 @@ def _page(z):
     if z['reasons']:
         rows = [[o['calls'],o['norms'],o['reason'],_few(o['models'])] for o in z['reasons']]
         parts += ['## Norms fasterfold keeps, and why', table(['calls','norms','reason','models'], rows)]
+    if rows := [[_name(o),o['norms'],o['left'],o['positive']] for o in z['positive'] if o['positive'] is not None]:
+        parts += ['## Norms fasterfold keeps where all scales are positive',
+            'A negative scale stops at a ReLU, and nothing can be divided by a scale of zero. Everywhere else on this page, a tenth of the scales of every norm is negative and one in fifty zero.',
+            table(['model','norm calls','kept','kept with positive scales'], rows)]
     if z['peers_ahead']:
         rows = [[_name(o),o['tool'],o['norms'],o['left'],o['ours']] for o in z['peers_ahead']]
         parts += ['## Where a peer leaves fewer norms', table(['model','tool','norms','it leaves','fasterfold leaves'], rows)]

@@ -142,11 +142,13 @@ def test_zoo_tells_partly_tried_tools_apart(tmp_path, monkeypatch):
     for i,key in enumerate(('tabular_default','tabular_bn_final','tabular_lin_last')):
         zoo.write_log(dict(key=f'fastai/{key}', tool='original', params=(i+1)*10**6, norms=4, own=1e-7))
         for t in (*tools, 'torchao')[:5 if i==1 else 4]:
-            zoo.write_log(dict(key=f'fastai/{key}', tool=t, version='1', outcome='right', seconds=.1, norms=i, error=1e-7, structural=1e-15))
+            zoo.write_log(dict(key=f'fastai/{key}', tool=t, version='1', outcome='right', seconds=.1, norms=i, error=1e-7, structural=1e-15,
+                **({'positive':0} if t=='fasterfold' and i else {})))
     zoo.merge()
     z,page = json.loads((tmp_path/'zoo.json').read_text()),(tmp_path/'zoo.md').read_text()
     assert {z['releases'][o] for o in zoo.base}=={'0.0.1'} and z['releases']['torchao']=='1'
     assert {r['models'] for r in z['summary_alike']}=={1} and '## On the models that all tools' in page
+    assert [(o['left'],o['positive']) for o in z['positive']]==[(1,0),(2,0)] and '| fastai/tabular_bn_final | 4 | 1 | 0 |' in page
     monkeypatch.syspath_prepend(str(root/'docs'))
     import results
     assert [(ts, [m['name'] for m in ms]) for ts,ms in results.sides(z)]==[
