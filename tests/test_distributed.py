@@ -9,6 +9,7 @@ from fasterfold.fold import BN_Folder
 from fasterfold.state import FoldError
 from helpers import eps_of,randomize_norms
 
+pytestmark = pytest.mark.xdist_group('distributed') # which import once what all need
 N = 2
 DIGITS = load_digits()
 X,Y = torch.tensor(DIGITS.images, dtype=torch.float32)[:,None]/16,torch.tensor(DIGITS.target)
@@ -51,7 +52,8 @@ def _start(rank, f, port, path, n):
 
 def together(f, path, n=N):
     "What `f(rank, path)` returns in each of `n` processes."
-    mp.spawn(_start, (f, free_port(), path, n), n)
+    mp.set_forkserver_preload([__name__,'fastai.vision.all']) # what takes longest is to import these, once for all
+    mp.start_processes(_start, (f, free_port(), path, n), n, start_method='forkserver')
     return [torch.load(path/f'{rank}.pt') for rank in range(n)]
 
 def scores(preds, targs): return dict(n=len(targs), loss=cross_entropy(preds.double(), targs, reduction='sum'), classes=preds.argmax(1).bincount(minlength=10))
