@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['at_most', 'Trial', 'same_edits', 'difference', 'on_inputs', 'contradicted', 'another', 'asked_by_place',
-           'open_questions', 'turning', 'Cover', 'not_given', 'widen', 'describe']
+           'open_questions', 'asked_alike', 'turning', 'Cover', 'not_given', 'widen', 'describe']
 
 # %% ../nbs/07_cover.ipynb #f3678802
 import inspect, torch
@@ -167,6 +167,16 @@ def open_questions(
 )->dict: # Place in the code to pairs (trial, question)
     "Comparisons that depend on the input and came out the same way in all `trials`."
     return {where:asked for where,asked in asked_by_place(trials).items() if not _both(asked)}
+
+# %% ../nbs/07_cover.ipynb #5a1c7c02
+def asked_alike(
+    a:Trial, # One input
+    b:Trial, # Another one
+)->bool:
+    "Did the code ask the same of both, and got the same answers?"
+    def asked(t): return [(q.where, q.text, q.answer) for q in t.questions('size')]
+    def other(t): return not t.graph.watch or t.questions('data') or t.questions('lost')
+    return not other(a) and not other(b) and asked(a)==asked(b)
 
 # %% ../nbs/07_cover.ipynb #b4afc507
 def _line(pairs):

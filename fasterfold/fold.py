@@ -15,7 +15,7 @@ from fastcore.basics import groupby, patch, store_attr
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from .constants import computing, explained, storable, store_weights, told_by_reason
-from .cover import Cover, describe, on_inputs, same_edits, widen
+from .cover import Cover, asked_alike, describe, on_inputs, same_edits, widen
 from .edit import Snapshot, apply_plan
 from .formats import Formats, conv_weights
 from .interrupt import check, whole
@@ -339,17 +339,6 @@ def _at_a_glance(self:BN_Folder, target, samples):
     plan.covers = describe(cover, 'Proved')
     return plan,cover
 
-# %% ../nbs/11_fold.ipynb #7142f6f6
-def _uses_what_was_written(target, trial, apart):
-    "Does code of `target` go on with what the activations `apart` wrote to, and not with what they return? Then they must go on to work in place."
-    modules = by_name(target)
-    acts = [modules[trial.graph.modules[m][0]] for m in apart]
-    try:
-        for m in acts: m.inplace = False
-        return distance(trial.sample.run(target), trial.graph.results)>0
-    finally:
-        for m in acts: m.inplace = True
-
 # %% ../nbs/11_fold.ipynb #7142f6f7
 @patch
 def _proved(self:BN_Folder, target, cover):
@@ -369,8 +358,9 @@ class _Unlike(Exception): "The model does something else when it is watched, as 
 
 def _tests(cover):
     "The inputs to compare outputs on: those of the user, another size, and all for which other norms would fold; the cheapest first."
-    ts = cover.trials
-    tests = ts[:cover.given] + [t for i,t in enumerate(ts[cover.given:]) if not i or t.plan is not cover.main.plan and not same_edits(t.plan, cover.main.plan)]
+    ts,main = cover.trials,cover.main
+    def more(i, t): return t.plan is not main.plan and not same_edits(t.plan, main.plan) if i else t is not main or not asked_alike(t, ts[0])
+    tests = ts[:cover.given] + [t for i,t in enumerate(ts[cover.given:]) if more(i, t)]
     return sorted(tests, key=lambda t: sum(o.numel() for o in t.sample.tensors))
 
 # %% ../nbs/11_fold.ipynb #5a1c0f53
