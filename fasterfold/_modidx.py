@@ -514,6 +514,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'fasterfold.fold._merge': ('fold.html#_merge', 'fasterfold/fold.py'),
                                  'fasterfold.fold._modes': ('fold.html#_modes', 'fasterfold/fold.py'),
                                  'fasterfold.fold._norms_of': ('fold.html#_norms_of', 'fasterfold/fold.py'),
+                                 'fasterfold.fold._nudged': ('fold.html#_nudged', 'fasterfold/fold.py'),
                                  'fasterfold.fold._part': ('fold.html#_part', 'fasterfold/fold.py'),
                                  'fasterfold.fold._parts': ('fold.html#_parts', 'fasterfold/fold.py'),
                                  'fasterfold.fold._public': ('fold.html#_public', 'fasterfold/fold.py'),

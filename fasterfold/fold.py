@@ -21,7 +21,7 @@ from .formats import Formats, conv_weights
 from .interrupt import check, whole
 from .plan import FoldPlan, merges, plan_folds
 from .program import inputs_of, is_program, lift, lower
-from .proof import Proof, compare_runs, distance, eps_of, largest, prove, run_as, to_double
+from .proof import Proof, compare_runs, distance, eps_of, largest, nudge, prove, run_as, to_double
 from .sample import Sample, part_named
 from .state import Contents, FoldError, Still, Structure, check_model, copy_model, own_modes, preserved, wide
 from .strip import strip_dropout, strip_identity, strip_unused, take_out
@@ -416,6 +416,11 @@ def _unfolded(target, snap):
     try: yield
     finally: folded.restore()
 
+def _nudged(snap):
+    "As edits, the weights that `snap` remembers, off by `nudge`."
+    g = torch.Generator().manual_seed(0)
+    return [(p, wide(old)*(1+nudge*torch.randn(old.shape, generator=g, dtype=torch.float64)), []) for p,old,_ in snap.edits]
+
 @patch
 def _prove(self:BN_Folder, target, outs, refs, sample, eps):
     "`prove` for a `target` that is folded and stays so."
@@ -425,7 +430,8 @@ def _prove(self:BN_Folder, target, outs, refs, sample, eps):
         with _unfolded(target, snap):
             single = run_as(target, sample, dtype=torch.float32) if eps<1e-10 else None
             draws = (_drawn(target, snap, sample, eps, i) for i in range(32))
-            return prove(outs, refs, sample.run(target), folded, run_as(target, sample), eps, single, draws)
+            def nudged(): return run_as(target, sample.to(torch.float64).jittered(nudge, 0), _nudged(snap))
+            return prove(outs, refs, sample.run(target), folded, run_as(target, sample), eps, single, draws, nudged)
     except Exception: # it does not run in float64
         d = distance(outs, refs)
         return Proof(d, largest(outs, refs), ok=eps<1e-5 and d<=1e3*eps)

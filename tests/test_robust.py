@@ -292,7 +292,10 @@ def test_float64_model_that_magnifies_rounding():
 
 class LastBits(nn.Module):
     "Returns as many numbers as rounding will have it, as a detector returns boxes."
-    def forward(self, x): return x[(x*2**24).round().long()%2==0]
+    def __init__(self, bits=24):
+        super().__init__()
+        self.bits = bits
+    def forward(self, x): return x[(x*2**self.bits).round().long()%2==0]
 
 def test_outputs_whose_shape_hangs_on_rounding():
     "In float32 the original differs from its own float64 run as much as from the folded model; in float64 both agree."
@@ -301,6 +304,17 @@ def test_outputs_whose_shape_hangs_on_rounding():
     new = folder.fold(net, x)
     proof = folder.result.proof
     assert isinstance(new[1], nn.Identity) and proof.diff==proof.own==float('inf') and proof.exact<1e-13
+
+def test_outputs_whose_shape_hangs_on_magnified_rounding():
+    "Where the original has no distance to its own float64 run, weights and an input that are a little off tell how much it magnifies rounding."
+    net,x = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), LastBits(10))),torch.randn(2, 3, 9, 8)
+    with torch.no_grad():
+        net[0].bias += 1e6
+        net[1].running_mean += 1e6
+    folder = BN_Folder()
+    new = folder.fold(net, x)
+    proof = folder.result.proof
+    assert isinstance(new[1], nn.Identity) and proof.own==float('inf') and 1e-10<proof.exact<1e-7, proof
 
 class Steps(nn.Module):
     def forward(self, x): return (x*2**10).round()
