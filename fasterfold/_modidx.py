@@ -1025,6 +1025,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fasterfold.state.FoldError': ('state.html#folderror', 'fasterfold/state.py'),
                                   'fasterfold.state.Still': ('state.html#still', 'fasterfold/state.py'),
                                   'fasterfold.state.Still.__init__': ('state.html#still.__init__', 'fasterfold/state.py'),
+                                  'fasterfold.state.Still.passing': ('state.html#still.passing', 'fasterfold/state.py'),
                                   'fasterfold.state.Still.restore': ('state.html#still.restore', 'fasterfold/state.py'),
                                   'fasterfold.state.Still.run': ('state.html#still.run', 'fasterfold/state.py'),
                                   'fasterfold.state.Structure': ('state.html#structure', 'fasterfold/state.py'),

@@ -407,6 +407,7 @@ def _check(self:BN_Folder, target, tests):
         if not proof.ok: break
     return max(proofs, key=lambda p: (not p.ok, p.exact is not None, p.diff))
 
+# %% ../nbs/11_fold.ipynb #5a1c7e02
 @contextmanager
 def _unfolded(target, snap):
     "`target` as `snap` remembers it, for a while."

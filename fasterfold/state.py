@@ -12,7 +12,7 @@ import copy, gc, random, numpy as np, torch
 from array import array
 from collections import OrderedDict, deque
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from operator import eq, is_
 from timeit import default_timer
 from types import CellType, FunctionType, MethodType, ModuleType
@@ -272,6 +272,9 @@ class Still:
         self.held = Contents(model) if self.training and own_modes(model) else None
         buffers = {id(b):b for b in (*[b for m in self.modules for b in m._buffers.values() if b is not None],*self.before.tensors)}.values()
         self.buffers = [(b, _version(b), data := b.data, part := _once(data), part.clone()) for b in buffers]
+
+    @cached_property
+    def passing(self): return passing(self.model)
 
     def restore(self):
         "Let `model` be as it was."

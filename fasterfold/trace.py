@@ -216,6 +216,7 @@ class Tracer(Dispatch):
     def __init__(self,
         model:nn.Module, # Model whose parameters and modules are known by name
         sample=(), # What it will be called with
+        still=None, # A `Still` of it, if there is one
     ):
         super().__init__()
         self.graph,self.known,self.stack = Graph(),_Known(),[] # `stack`: the module calls we are in
@@ -224,7 +225,7 @@ class Tracer(Dispatch):
         self.varying = set() # storages of leaves, and those that were written to with something that is not the same for every input
         named = list(model.named_modules(remove_duplicate=False))
         for name,m in named: self.graph.modules.setdefault(m, []).append(name)
-        self._add_leaves(named)
+        self._add_leaves(named, passing(model) if still is None else still.passing)
         for t in tree_flatten(sample)[0]:
             if not isinstance(t, Tensor) or self.known.get(t) is not None: continue
             self.graph.inputs.append(self._add(t, 'input', place=len(self.graph.inputs)))
@@ -254,9 +255,9 @@ def _add(self:Tracer, t, kind, store=None, **kw):
     return v
 
 @patch
-def _add_leaves(self:Tracer, named):
-    "Values for the parameters and then for the buffers of the modules `named`."
-    shared,gone = {},{id(t) for t in passing(named[0][1])}
+def _add_leaves(self:Tracer, named, passing):
+    "Values for the parameters and then for the buffers of the modules `named`, but for those that are `passing`."
+    shared,gone = {},{id(t) for t in passing}
     for kind,attr in ('param','_parameters'),('buffer','_buffers'):
         for name,t in [(f'{n}.{k}'.lstrip('.'), t) for n,m in named for k,t in getattr(m, attr).items() if t is not None and id(t) not in gone]:
             v = self.known.get(t)
@@ -567,7 +568,7 @@ def _mark_parts(tracer, parts, ways):
 # %% ../nbs/04_trace.ipynb #9478a644
 def _record(model, sample, watched, still):
     args,kwargs = sample.copied()
-    tracer = Tracer(model, (args,kwargs))
+    tracer = Tracer(model, (args,kwargs), still)
     graph,known,watch = tracer.graph,{},Watch(tracer.owns) if watched else None
     if watched:
         tracer.watch = graph.watch = watch
