@@ -311,7 +311,8 @@ def measure_model(
     entry:Entry,
     tools:list,    # Of `Peer`
     write:Callable,# Takes each row
-    limit:float=math.inf # Millions of parameters above which nothing is measured
+    limit:float=math.inf, # Millions of parameters above which nothing is measured
+    timed:dict=None# Seconds of each tool that count instead of those it takes now
 ):
     "Run a model in float32 and float64, fold it with each of the tools; a row for each"
     if (found := built(entry, limit)) is None: return
@@ -328,6 +329,7 @@ def measure_model(
     for tool in tools:
         row = fold_with(tool, model, sample, ref['out'], own['out'])
         if tool.name=='fasterfold' and row.get('norms'): row['positive'] = left_if_positive(model, sample, tool)
+        if timed and 'seconds' in row and tool.name in timed: row.update(seconds=timed[tool.name], earlier=True)
         write(dict(key=entry.key, tool=tool.name, version=tool.version, **row))
 
 # ---- The log and the tables
@@ -359,9 +361,12 @@ def run_zoo(
     names:list,   # Of tools
     redo:bool,    # Also what has been measured?
     limit:float,  # Millions of parameters above which a model is left for another time
+    norms_only:bool # Keep the seconds there are?
 ):
     "Measure what is not in the log yet"
-    log = {} if redo else read_log()
+    before = read_log()
+    log = {} if redo else before
+    def _timed(o): return {n: before[o.key,n]['seconds'] for n in names if 'seconds' in before.get((o.key,n), {})} if norms_only else {}
     def _todo(o): return [] if 'over' in log.get((o.key,'original'), {}) else [n for n in names if (o.key,n) not in log]
     def _params(o): return log.get((o.key,'original'), {}).get('params') or o.params
     todo = [(o,missing) for o in entries if _params(o)<=limit*1e6 and (missing := _todo(o))]
@@ -370,7 +375,7 @@ def run_zoo(
     for o in base: write_log(dict(key='', tool=o, version=version(o)))
     for entry,missing in (bar := tqdm(todo)):
         bar.set_postfix_str(entry.key)
-        r = in_fork(lambda: measure_model(entry, [tools[o] for o in missing], write_log, limit), wall=False)
+        r = in_fork(lambda: measure_model(entry, [tools[o] for o in missing], write_log, limit, _timed(entry)), wall=False)
         if r: write_log(dict(key=entry.key, tool='original', **r))
 
 # ---- The tables
@@ -424,6 +429,7 @@ def merge():
     def _left(m, tool):
         r = m['tools'].get(tool, {})
         return r['norms'] if r.get('outcome')=='right' else m['norms']
+    earlier = sum(bool(r.get('earlier')) for m in models for r in m['tools'].values())
     def _row(m, tool, **kw): return dict(collection=m['collection'], name=m['name'], tool=tool, **kw)
     ahead = [_row(m, t, norms=m['norms'], left=_left(m, t), ours=_left(m, 'fasterfold')) for m in models for t in peers
         if 'fasterfold' in m['tools'] and _left(m, t)<_left(m, 'fasterfold')]
@@ -436,11 +442,13 @@ def merge():
         for m in models if _kept(m)]
     head = dict(releases=releases, python=platform.python_version(), limits=dict(cpu_seconds=cpu_secs, gigabytes=gigabytes), wrong_above=wrong_above,
         summary=summarise(models), summary_alike=summarise(alike) if len(alike)<len(models) else [],
-        reasons=reasons, positive=positive, peers_ahead=ahead, failed=failed, unmeasured=unmeasured)
+        reasons=reasons, positive=positive, earlier=earlier, peers_ahead=ahead, failed=failed, unmeasured=unmeasured)
     results.mkdir(parents=True, exist_ok=True)
     rows = ',\n'.join(json.dumps(o) for o in models) # one model a line, so that differences read well
     (results/'zoo.json').write_text(json.dumps(head, indent=1)[:-2] + f',\n "models": [\n{rows}\n]}}\n')
     (results/'zoo.md').write_text(_page(head))
+
+def _earlier(z): return f" Norms of {z['earlier']:,} folds were counted again later; their seconds are of the run of all tools, on one machine." if z.get('earlier') else ''
 
 def _page(z):
     "The results as Markdown"
@@ -451,7 +459,7 @@ def _page(z):
     head = 'zoo,tool,models,norm calls,removed,%,crashes,wrong,over limits,median s to fold,median error ÷ own'.split(',')
     def _summary(rows): return table(head, [[*_sums(o), *_faults(o)] for o in rows])
     releases = ', '.join(f'{k} {v}' for k,v in z['releases'].items())
-    parts = ['# The zoos, side by side', f'{releases}. What each column counts is in benchmarks/README.md.', _summary(z['summary'])]
+    parts = ['# The zoos, side by side', f'{releases}. What each column counts is in benchmarks/README.md.'+_earlier(z), _summary(z['summary'])]
     if z['summary_alike']: parts += ['## On the models that all tools have been tried with', _summary(z['summary_alike'])]
     if z['reasons']:
         rows = [[o['calls'],o['norms'],o['reason'],_few(o['models'])] for o in z['reasons']]
@@ -479,6 +487,7 @@ def main(
     redo:store_true=False,     # Measure again what is in the log already?
     list_models:store_true=False, # Only list the models?
     merge_only:store_true=False,  # Measure nothing, only write the results from the log?
+    norms_only:store_true=False,  # Keep the seconds there are, of all tools on one machine?
 ):
     "Fold the model zoos with fasterfold and its peers, and write docs/results/zoo.json and zoo.md"
     work.mkdir(exist_ok=True)
@@ -488,5 +497,5 @@ def main(
     entries = [o for f in collections.values() for o in f() if any(fnmatch(o.key, p) for p in models.split(','))]
     if not entries: raise SystemExit(f'No model matches {models!r}: --list-models shows them all')
     if list_models: return print('\n'.join(o.key for o in entries))
-    if not merge_only: run_zoo(entries, tools.split(','), redo, limit_size)
+    if not merge_only: run_zoo(entries, tools.split(','), redo, limit_size, norms_only)
     merge()

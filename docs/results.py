@@ -57,7 +57,8 @@ def counted(zoo:dict)->str:
     "How many models there are, and how many of them count."
     n,normed = len(zoo['models']),sum(bool(m.get('norms')) for m in zoo['models'])
     return (f"{n} models were folded: all of torchvision's, fastai's own, and of timm the smallest of each family. The {normed} of them that run batch norms are what counts here. "
-        "A tool that crashes, or returns a model that computes something else, has removed none. Times are CPU time of one core; ours includes a proof, which the others leave to you.")
+        "A tool that crashes, or returns a model that computes something else, has removed none. Times are CPU time of one core; ours includes a proof, which the others leave to you."
+        + (f" Norms of {zoo['earlier']} folds were counted again later; all times are of one run, on one machine." if zoo.get('earlier') else ''))
 
 def comparison(zoo:dict|None)->str:
     "The tables of all tools, all of them together first."

@@ -133,6 +133,21 @@ def test_zoo_goes_on_from_its_results(tmp_path, monkeypatch):
     zoo.write_log(newer := dict(rows[-1], seconds=.2))
     assert zoo.read_log()[newer['key'],newer['tool']]==newer
 
+def test_zoo_counts_norms_again(tmp_path, monkeypatch):
+    "On another machine, seconds stay those of the run of all tools, and the pages say so"
+    monkeypatch.setattr(zoo, 'collections', dict(fastai=zoo.fastai_models))
+    for k in 'work','results': monkeypatch.setattr(zoo, k, tmp_path)
+    for o in zoo.base: zoo.write_log(dict(key='', tool=o, version='2'))
+    for r in (dict(tool='original', params=10, norms=3, own=1e-7), dict(tool='fasterfold', version='1', outcome='right', seconds=1234., norms=1, error=1e-7, structural=1e-15)):
+        zoo.write_log(dict(key='fastai/tabular_default', **r))
+    for again in (False,True):
+        zoo.run_zoo([e for e in zoo.fastai_models() if e.key=='fastai/tabular_default'], ['fasterfold'], True, 1e3, again)
+        zoo.merge()
+        z,page = json.loads((tmp_path/'zoo.json').read_text()),(tmp_path/'zoo.md').read_text()
+        row, = (m['tools']['fasterfold'] for m in z['models'])
+        assert row['norms']==0 and (row['seconds']==before if again else row['seconds']<1234) and z['earlier']==again and ('counted again' in page)==again
+        before = row['seconds']
+
 def test_zoo_tells_partly_tried_tools_apart(tmp_path, monkeypatch):
     "A tool that few models have been tried with is compared on those, and releases are those that were measured, not those that merge"
     monkeypatch.setattr(zoo, 'collections', dict(fastai=zoo.fastai_models))
