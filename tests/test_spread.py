@@ -178,6 +178,14 @@ def test_hook_that_sees_what_an_activation_wrote_to():
     for m in (net,new): run(m, x)
     assert distance(seen[-1:], seen[-2:-1])<1e-5
 
+def test_what_was_put_on_a_tensor_passes_an_activation():
+    def f(m, x):
+        y = m.p(m.a(x))
+        y.stride_so_far = 2
+        y = m.act(y)
+        return m.b(y[:,:,::y.stride_so_far])
+    goes(lambda: Fn(f, a=conv(), p=bn(), act=nn.ReLU(True), b=conv(4, 4)), images(), positive=1)
+
 def test_activation_whose_result_alone_is_used():
     "Another name for what it wrote to harms nothing."
     def f(m, x):
