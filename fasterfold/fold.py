@@ -357,7 +357,7 @@ def _proved(self:BN_Folder, target, cover):
 class _Unlike(Exception): "The model does something else when it is watched, as a transformer encoder does: it has a faster way that it then leaves."
 
 def _tests(cover):
-    "The inputs to compare outputs on: those of the user, another size, and all for which other norms would fold; the cheapest first."
+    "The inputs to compare outputs on: those of the user, another size if the plan is not from there or the code asked something else of it, and all for which other norms would fold; the cheapest first."
     ts,main = cover.trials,cover.main
     def more(i, t): return t.plan is not main.plan and not same_edits(t.plan, main.plan) if i else t is not main or not asked_alike(t, ts[0])
     tests = ts[:cover.given] + [t for i,t in enumerate(ts[cover.given:]) if more(i, t)]

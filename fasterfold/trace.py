@@ -367,7 +367,7 @@ def _exit_module(self:Tracer, m, args, *rest):
 @patch
 def _pass_on(self:Tracer, t, call):
     "Another tensor of what `t` shows, which `call` wrote to and returned: who goes on with which of them can be told apart then."
-    with _disable_current_modes(): new = t.new_empty(0).set_(t) # a view would hold on to it
+    with _disable_current_modes(), torch._C._AutoDispatchBelowAutograd(): new = torch.ops.aten.alias(t) # autograd's view would hold on to it
     vars(new).update(vars(t))
     self.known.put(new, call.out)
     self.passed.put(t, call.out)

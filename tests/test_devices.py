@@ -1,6 +1,8 @@
 "Devices that nobody has here: whole kernels, no float64, random numbers, clocks and memory of their own. What stays in a process has one to itself."
-import json, os, subprocess, sys
+import json
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
@@ -14,12 +16,15 @@ from helpers import *
 
 tests = Path(__file__).parent
 
+def _alone(call, args):
+    torch.set_num_threads(1)
+    return json.loads(json.dumps(globals()[call](*args)))
+
 def child(call, *args):
     "What the function `call` of this module returns in a process of its own."
-    code = f"import json, test_devices as t; print('\\n' + json.dumps(t.{call}(*{args!r})))"
-    res = subprocess.run([sys.executable,'-c',code], cwd=tests, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS':'1'})
-    assert not res.returncode, res.stderr[-3000:]
-    return json.loads(res.stdout.splitlines()[-1])
+    context = get_context('forkserver')
+    context.set_forkserver_preload([__name__,'test_models','learners']) # what takes longest is to import these, once for all
+    with ProcessPoolExecutor(1, context) as pool: return pool.submit(_alone, call, args).result()
 
 def model_of(name):
     import test_models
