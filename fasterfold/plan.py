@@ -283,7 +283,7 @@ def _home(self:Planner, s): return self.homes.get(s, {s})
 def _activation(o):
     "The module that is just the operation `o`, if it works in place and need not."
     c = o.call
-    alone = c is not None and c.name is not None and c.ops==[o] and not c.children and not o.reread
+    alone = o.passed and c.name is not None and c.ops==[o] and not c.children
     return c.module if alone and getattr(c.module, 'inplace', None) is True and not isinstance(c.module, torch.jit.ScriptModule) else None
 
 # %% ../nbs/06_plan.ipynb #8cd7df26

@@ -75,7 +75,7 @@ class Op:
     outs:list = field(default_factory=list) # Values it made, None where an output is no tensor
     writes:list = field(default_factory=list) # Storages it wrote to
     sized:bool = False # Did it run in a function to which a size or another number of the sample was passed?
-    reread:bool = False # Is what it wrote read through a tensor from before, and not through what its module returned?
+    passed:bool = False # Is what it wrote to read only through what its module returned?
 
     @property
     def out(self): return self.outs[0]
@@ -276,9 +276,9 @@ def value(self:Tracer, t):
     v = self.known.get(t)
     if v is None: return self._add(t, 'outside', tensor=t)
     wrote = self.written.get(v.store)
-    if self.passed.get(t) is not None: self.passed.get(t).op.reread = True
+    if self.passed.get(t) is not None: self.passed.get(t).op.passed = False
     if wrote is None or wrote.time<=v.time: return v
-    wrote.op.reread = True
+    wrote.op.passed = False
     op = self._op(None, 'stale', AttrDict(), [v, wrote])
     const = v.const and v.store not in self.varying
     op.outs = [self._add(t, 'op', v.store, op=op, const=const, tensor=unheard(t) if const else None)]
@@ -362,7 +362,8 @@ def _exit_module(self:Tracer, m, args, *rest):
     call.returned = self.seen(out)
     self._watch(m, (*kwargs,out))
     if isinstance(m, torch.jit.ScriptModule): self._doubt(call, args, kwargs, out)
-    elif call.out is not None and call.out.op in call.ops and any(out is a for a in args) and is_dense(out): return self._pass_on(out, call)
+    elif call.out is not None and call.out.op in call.ops and any(out is a for o in (args, *(k.values() for k in kwargs)) for a in o) and is_dense(out):
+        return self._pass_on(out, call)
 
 @patch
 def _pass_on(self:Tracer, t, call):
@@ -371,7 +372,7 @@ def _pass_on(self:Tracer, t, call):
     vars(new).update(vars(t))
     self.known.put(new, call.out)
     self.passed.put(t, call.out)
-    call.out.op.reread = bool(user_hooks(call.module)) # they see both
+    call.out.op.passed = not user_hooks(call.module) # they see both
     return new
 
 # %% ../nbs/04_trace.ipynb #adce3fd6
@@ -587,7 +588,7 @@ def _record(model, sample, watched, still):
         for v in graph.outputs: v.is_output = True
         if sample.parts: _mark_parts(tracer, sample.parts, out[1])
         for v in tracer.outliving(): v.hooks.append('what outlives the forward pass')
-        for v in tracer.passed.living(): v.op.reread = True
+        for v in tracer.passed.living(): v.op.passed = False
     for op in graph.ops: _add_absent(op, graph, known)
     _others(model, graph)
     if graph.parted: graph.results = _in_wholes(model, sample, Watch(tracer.owns) if watched else None)

@@ -146,15 +146,15 @@ def test_code_that_uses_what_an_activation_wrote(verify):
 
 class Aside(nn.Module):
     "Whoever asks for it also gets a value made of what an activation wrote to, and not of what that returned."
-    def __init__(self, makes, look=lambda y: y):
+    def __init__(self, makes, look=lambda y: y, call=lambda act,y: act(y)):
         super().__init__()
         self.a,self.p,self.act,self.b,self.c,self.aside = conv(),bn(),nn.ReLU(True),conv(4, 4),conv(4, 4),conv(4, 4)
-        self.makes,self.look,self.seen = makes,look,[]
+        self.makes,self.look,self.call,self.seen = makes,look,call,[]
     def forward(self, x, asks=False):
         u = self.a(x)
         y = self.p(u)
         seen = self.look(y)
-        res = self.b(self.act(y))+self.c(u)
+        res = self.b(self.call(self.act, y))+self.c(u)
         if self.makes=='keeps': self.seen[:] = [seen]
         if self.makes=='always' or asks: aside = self.aside(seen)
         return (res,aside) if asks else res
@@ -170,6 +170,23 @@ def test_code_that_may_use_what_an_activation_wrote(verify, makes, look):
     assert not folder.result.folded and new.act.inplace
     check_fold(net, new, {'x':x, 'asks':True})
     assert not has_changed(net, new, x)
+
+class Silent(nn.ReLU):
+    "Only writes."
+    def forward(self, x): super().forward(x)
+
+def written_by(act, y):
+    act(y)
+    return y
+
+@pytest.mark.parametrize('call', [lambda act,y: act(input=y), written_by], ids=['by_keyword','for_what_it_writes'])
+@pytest.mark.parametrize('verify', [False,True])
+def test_activation_called_in_a_way_of_its_own(verify, call):
+    net,x = scaled(lambda: Aside('on_request', call=call), 'positive'),image()
+    if call is written_by: net.act = Silent(True)
+    new = BN_Folder(verify=verify).fold(net, x)
+    check_fold(net, new, {'x':x, 'asks':True})
+    assert new.act.inplace and not has_changed(net, new, x)
 
 def test_hook_that_sees_what_an_activation_wrote_to():
     net,x,seen = scaled(lambda: Aside('on_request'), 'positive'),image(),[]
