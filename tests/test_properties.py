@@ -510,7 +510,7 @@ def rounding(model, sample, refs):
     behind a ReLU, such a zero moves in half of the draws, and numbers that cancel whatever they are leave rounding of their own size."""
     single = run(to_double(model).float(), Sample.of(sample).to(torch.float32))
     def apart(a, b): return (a.double()-b).nan_to_num(0, 0, 0).norm().item()
-    moved,most = zip(*[run(perturbed(model, seed), sample) for seed in range(8)]),max(apart(b, 0) for b in refs)
+    moved,most = zip(*[run(perturbed(model, seed), sample) for seed in range(8)]),max((apart(b, 0) for b in refs), default=0)
     return [max(apart(a, b) for a in draws)+100*2**-29*apart(c, b)+1e-14*most*(not b.any()) for draws,b,c in zip(moved, refs, single)]
 
 def agree(outs, refs, model, sample):
