@@ -141,6 +141,7 @@ class Planner(Network):
         self.reach,self.sources = reach,{} # leaf value to the norms that its maps come from
         self.ended = {} # norm call and seed to what is in the way, however far one looks
         self.apart = {} # activation that may no longer work in place to the norms that go because of that
+        self.used = {o.call.module for o in graph.ops if o.call is not None and o.writes and not o.passed} # modules of which, in any call, code goes on with what they wrote to
         self.homes = {} # storage to all that became one with it
         self.moved = {} # value to the `Gauge` that says what became of it, None where no map does
         self.members = {} # what is left of several values to all of them
@@ -283,7 +284,7 @@ def _home(self:Planner, s): return self.homes.get(s, {s})
 def _activation(o):
     "The module that is just the operation `o`, if it works in place and need not."
     c = o.call
-    alone = o.passed and c.name is not None and c.ops==[o] and not c.children
+    alone = c is not None and c.name is not None and c.ops==[o] and not c.children
     return c.module if alone and getattr(c.module, 'inplace', None) is True and not isinstance(c.module, torch.jit.ScriptModule) else None
 
 # %% ../nbs/06_plan.ipynb #8cd7df26
@@ -310,7 +311,7 @@ def clash(self:Planner, calls):
     "The activations that must not work in place if these calls go. Raises `Blocked` if another in-place write makes their input and output differ later."
     apart = set()
     while (o := self._clash(calls, apart|self.apart.keys())) is not None:
-        if (m := _activation(o)) is None: raise Blocked(f"{o.label} writes in place to what is still needed afterwards")
+        if (m := _activation(o)) is None or m in self.used: raise Blocked(f"{o.label} writes in place to what is still needed afterwards")
         apart.add(m)
     return apart
 

@@ -188,6 +188,19 @@ def test_activation_called_in_a_way_of_its_own(verify, call):
     check_fold(net, new, {'x':x, 'asks':True})
     assert new.act.inplace and not has_changed(net, new, x)
 
+def test_activation_that_is_called_twice():
+    "It works in place in both calls or in none."
+    def f(m, x):
+        z = m.q(m.d(x))
+        m.act(z)
+        u = m.a(x)
+        return m.b(m.act(m.p(u)))+m.c(u),m.e(z)
+    net,x = scaled(lambda: Fn(f, a=conv(), d=conv(), p=bn(), q=bn(), act=nn.ReLU(True), b=conv(4, 4), c=conv(4, 4), e=conv(4, 4)), 'positive'),image()
+    for verify in (False,True):
+        new = BN_Folder(verify=verify).fold(net, x)
+        check_fold(net, new, image(3, 8, 8))
+        assert new.act.inplace and not isinstance(new.p, nn.Identity)
+
 def test_hook_that_sees_what_an_activation_wrote_to():
     net,x,seen = scaled(lambda: Aside('on_request'), 'positive'),image(),[]
     net.act.register_forward_hook(lambda m,args,out: seen.append(args[0].clone()))
