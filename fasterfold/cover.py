@@ -126,7 +126,7 @@ def another(
     if alone is None: batch = {}
     free = {}
     for k,(i,n) in rest.items():
-        sizes = dict.fromkeys([awkward(n, i, 64), awkward(n, i, None)])
+        sizes = dict.fromkeys([awkward(n, i, 64), awkward(n, i, None) if n>64 else awkward(n, i+1)])
         free |= next(({k:m} for m in sizes if attempt(batch|{k:m}) is not None), {})
     for sizes in (free, _images(sample)):
         if sizes and (res := attempt(batch|sizes)) is not None: return res
@@ -152,19 +152,19 @@ def _varies(asked):
 # %% ../nbs/07_cover.ipynb #43f1ab91
 def asked_by_place(
     trials:list, # `Trial`s
-)->dict: # Place in the code to pairs (trial, question)
-    "Comparisons that depend on the input; of several at one place, one that always came out the same way, if all did."
+)->dict: # Place in the code to a list, for each comparison, of pairs (trial, question)
+    "Comparisons that depend on the input; of several at one place that say the same, one; of all at one place, the one that came out both ways, if there is one."
     res = {}
     for (where,_),asked in _by_place(trials).items():
-        if _varies(asked) and (where not in res or _both(asked)): res[where] = asked
-    return res
+        if _varies(asked): res.setdefault(where, {}).setdefault((asked[0][1].text, _both([asked])), asked)
+    return {where: [a for a in texts.values() if _both([a])][:1] or [*texts.values()] for where,texts in res.items()}
 
-def _both(asked): return len({q.answer for _,q in asked})>1
+def _both(comparisons): return any(len({q.answer for _,q in asked})>1 for asked in comparisons)
 
 # %% ../nbs/07_cover.ipynb #961f17f3
 def open_questions(
     trials:list, # `Trial`s
-)->dict: # Place in the code to pairs (trial, question)
+)->dict: # Place in the code to a list, for each comparison, of pairs (trial, question)
     "Comparisons that depend on the input and came out the same way in all `trials`."
     return {where:asked for where,asked in asked_by_place(trials).items() if not _both(asked)}
 
@@ -192,7 +192,7 @@ def _line(pairs):
 at_most = 512 # Extents up to this one are looked at, and up to four times the sample's
 
 def turning(
-    asked:list, # Pairs (trial, question) of one place
+    asked:list, # Pairs (trial, question) of one comparison
     trials:list, # All `Trial`s
     labels:dict, # Label to extent of the user's sample
 ): # Sizes, more than one may have to be tried
@@ -281,7 +281,7 @@ def _turn(cover):
     for where in list(open_questions(cover.trials))[:_places_at_most]:
         asked = open_questions(cover.trials).get(where)
         if asked is None: continue # an input for another one answered it
-        found = list(turning(asked, cover.trials, cover.labels))
+        found = [sizes for a in asked for sizes in turning(a, cover.trials, cover.labels)]
         if not found: cover.settled.add(where)
         for sizes in found:
             cover.add(cover.attempt(sizes))
@@ -325,11 +325,11 @@ def describe(
 )->list: # Sentences
     "What the inputs cover, and what they do not."
     asked,still = asked_by_place(cover.trials),open_questions(cover.trials)
-    same,still = ([a[0][1] for w,a in still.items() if (w in cover.settled)==is_settled] for is_settled in (True,False))
+    same,still = ([a[0][0][1] for w,a in still.items() if (w in cover.settled)==is_settled] for is_settled in (True,False))
     res = [f"{how} on inputs of {_listed(map(str, cover.trials))}."]
     if not cover.watched: return [*res, "Not covered: what its code asks of its input, which could not be watched."]
     if len(cover.trials)==cover.given: res.append("It takes no input of another size.")
-    turned = [a[0][1] for a in asked.values() if _both(a)]
+    turned = [a[0][0][1] for a in asked.values() if _both(a)]
     if turned: res.append(f"The model asks for sizes at {_places(len(turned))} ({_at(turned)}): both answers were run.")
     if same: res.append(f"No size up to {at_most} turns {_at(same)}.")
     if still: res.append(f"Not covered: {_at(still)}, which went one way only.")

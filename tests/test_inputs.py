@@ -61,6 +61,11 @@ def related(self, x, near, far):
         if edges.shape[1]: y = y.index_add(0, edges[1], layer(x)[edges[0]])
     return y
 
+def agreeing(self, x):
+    "Compares all sizes at once, the batch first, and takes a width of 3 and no height below that."
+    y,z = self.conv(self.width(x)),self.other(F.max_pool2d(x, (3,1)))
+    return self.norm(y)+z if y.shape==z.shape else y
+
 class Ways(nn.Module):
     "One way has norm 0, the other one norm 1, or both have one norm, and then a layer each; statistics of the batch hide from a batch of one what came before."
     def __init__(self, n, k):
@@ -117,11 +122,14 @@ def situations():
     add('odd_width', Fn(lambda s,x: s.norm(s.conv(x)) if x.shape[3]%2==0 else s.conv(x), conv=conv(padding=1), norm=bn2(4)), y, image(2,3,8,9))
     add('wide', Fn(lambda s,x: s.norm(s.conv(x)) if x.shape[3]<=300 else s.conv(x), conv=conv(padding=1), norm=bn2(4)),
         image(2,3,64,64), image(1,3,64,301))
+    add('shapes_that_agree', Fn(agreeing, width=lin(3,3), conv=conv(k=(3,1)), other=conv(k=1), norm=bn2(4)), image(2,3,3,3), image(2,3,5,3), image(1,3,3,3))
+    add('two_questions_in_one_line', Fn(lambda s,x: s.norm(s.conv(x)) if len(x.shape)==4 and x.shape[0]<10**6 and x.shape[3]<=300 else s.conv(x), conv=conv(padding=1), norm=bn2(4)),
+        image(2,3,64,64), image(1,3,64,301))
     add('sign_of_the_mean', Fn(lambda s,x: s.norm(s.conv(x)) if x.mean()>0 else s.conv(x), conv=conv(padding=1), norm=bn2(4)), y.abs(), -y.abs())
     add('loudness', Fn(lambda s,x: s.norm(s.conv(x)) if x.std()<2.5 else s.conv(x), conv=conv(padding=1), norm=bn2(4)), y, y*4)
     return res
 
-by_data = {'nothing_masked','short_batch','odd_width','wide','sign_of_the_mean','loudness','truth_as_argument','pad_if_needed'} # what only a run can show
+by_data = {'nothing_masked','short_batch','odd_width','wide','sign_of_the_mean','loudness','truth_as_argument','pad_if_needed','shapes_that_agree','two_questions_in_one_line'} # what only a run can show
 
 def right(model, folded, inputs):
     for x in inputs: check_outputs(model, folded, x)
