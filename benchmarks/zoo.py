@@ -291,6 +291,11 @@ def fold_with(
     right = r['error'] is not None and r['error']<=wrong_above
     return dict(outcome='right' if right else 'wrong', structural=r['error'], **res)
 
+def exact(model, sample):
+    "What `model`, which is float64 afterwards, returns in float64"
+    torch.set_default_dtype(torch.float64)
+    return run(model.double(), as_dtype(sample, torch.float64))[0]
+
 def left_if_positive(
     model:nn.Module, # In eval
     sample:tuple,    # Its arguments
@@ -298,12 +303,10 @@ def left_if_positive(
 ): # `None` where that fold is not right
     "Norm calls left by `tool` where all scales of norms are positive"
     def _fold():
-        torch.set_default_dtype(torch.float64)
         with torch.no_grad():
             for m in model.modules():
                 if getattr(m, 'running_mean', None) is not None and m.weight is not None: m.weight.abs_().clamp_(min=0.1)
-        ref = run(model.double(), as_dtype(sample, torch.float64))[0]
-        return measure(model, sample, torch.float64, tool.fold, ref)
+        return measure(model, sample, torch.float64, tool.fold, exact(model, sample))
     r = in_fork(_fold)
     return r['norms'] if r.get('error') is not None and r['error']<=wrong_above else None
 
@@ -312,24 +315,21 @@ def measure_model(
     tools:list,    # Of `Peer`
     write:Callable,# Takes each row
     limit:float=math.inf, # Millions of parameters above which nothing is measured
-    timed:dict=None# Seconds of each tool that count instead of those it takes now
+    measured:dict=None# Of each tool, seconds and error that count instead of those there are now
 ):
     "Run a model in float32 and float64, fold it with each of the tools; a row for each"
     if (found := built(entry, limit)) is None: return
     model,sample = found
     row = dict(key=entry.key, tool='original', params=count_parameters(model))
-    def _reference():
-        torch.set_default_dtype(torch.float64)
-        return dict(out=run(model.double(), as_dtype(sample, torch.float64))[0])
-    ref = in_fork(_reference)
+    ref = in_fork(lambda: dict(out=exact(model, sample)))
     own = ref if 'over' in ref else in_fork(lambda: measure(model, sample, torch.float32, lambda m,s: (m,[]), ref['out']))
     if why := own.get('over') or own.get('crash'): return write(dict(row, over=why))
     if not all(o.isfinite().all() for o in ref['out']): return write(dict(row, over='outputs are not finite'))
-    write(dict(row, norms=own['norms'], own=own['error']))
+    if not measured: write(dict(row, norms=own['norms'], own=own['error']))
     for tool in tools:
         row = fold_with(tool, model, sample, ref['out'], own['out'])
         if tool.name=='fasterfold' and row.get('norms'): row['positive'] = left_if_positive(model, sample, tool)
-        if timed and 'seconds' in row and tool.name in timed: row.update(seconds=timed[tool.name], earlier=True)
+        if measured and row['outcome']=='right' and tool.name in measured: row.update(measured[tool.name], earlier=True)
         write(dict(key=entry.key, tool=tool.name, version=tool.version, **row))
 
 # ---- The log and the tables
@@ -361,12 +361,12 @@ def run_zoo(
     names:list,   # Of tools
     redo:bool,    # Also what has been measured?
     limit:float,  # Millions of parameters above which a model is left for another time
-    norms_only:bool # Keep the seconds there are?
+    norms_only:bool # Keep the seconds and errors there are?
 ):
     "Measure what is not in the log yet"
     before = read_log()
     log = {} if redo else before
-    def _timed(o): return {n: before[o.key,n]['seconds'] for n in names if 'seconds' in before.get((o.key,n), {})} if norms_only else {}
+    def _measured(o): return {n: {k: before[o.key,n][k] for k in ('seconds','error')} for n in names if before.get((o.key,n), {}).get('outcome')=='right'} if norms_only else {}
     def _todo(o): return [] if 'over' in log.get((o.key,'original'), {}) else [n for n in names if (o.key,n) not in log]
     def _params(o): return log.get((o.key,'original'), {}).get('params') or o.params
     todo = [(o,missing) for o in entries if _params(o)<=limit*1e6 and (missing := _todo(o))]
@@ -375,7 +375,7 @@ def run_zoo(
     for o in base: write_log(dict(key='', tool=o, version=version(o)))
     for entry,missing in (bar := tqdm(todo)):
         bar.set_postfix_str(entry.key)
-        r = in_fork(lambda: measure_model(entry, [tools[o] for o in missing], write_log, limit, _timed(entry)), wall=False)
+        r = in_fork(lambda: measure_model(entry, [tools[o] for o in missing], write_log, limit, _measured(entry)), wall=False)
         if r: write_log(dict(key=entry.key, tool='original', **r))
 
 # ---- The tables
@@ -448,7 +448,7 @@ def merge():
     (results/'zoo.json').write_text(json.dumps(head, indent=1)[:-2] + f',\n "models": [\n{rows}\n]}}\n')
     (results/'zoo.md').write_text(_page(head))
 
-def _earlier(z): return f" Norms of {z['earlier']:,} folds were counted again later; their seconds are of the run of all tools, on one machine." if z.get('earlier') else ''
+def _earlier(z): return f" Norms of {z['earlier']:,} folds were counted again later; their seconds and errors are of the run of all tools, on one machine." if z.get('earlier') else ''
 
 def _page(z):
     "The results as Markdown"
@@ -487,7 +487,7 @@ def main(
     redo:store_true=False,     # Measure again what is in the log already?
     list_models:store_true=False, # Only list the models?
     merge_only:store_true=False,  # Measure nothing, only write the results from the log?
-    norms_only:store_true=False,  # Keep the seconds there are, of all tools on one machine?
+    norms_only:store_true=False,  # Keep the seconds and errors there are, of all tools on one machine?
 ):
     "Fold the model zoos with fasterfold and its peers, and write docs/results/zoo.json and zoo.md"
     work.mkdir(exist_ok=True)

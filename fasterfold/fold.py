@@ -359,8 +359,8 @@ class _Unlike(Exception): "The model does something else when it is watched, as 
 def _tests(cover):
     "The inputs to compare outputs on: those of the user, another size if the plan is not from there or the code asked something else of it, and all for which other norms would fold; the cheapest first."
     ts,main = cover.trials,cover.main
-    def more(i, t): return t.plan is not main.plan and not same_edits(t.plan, main.plan) if i else t is not main or not asked_alike(t, ts[0])
-    tests = ts[:cover.given] + [t for i,t in enumerate(ts[cover.given:]) if more(i, t)]
+    def needed(i, t): return not asked_alike(t, ts[0]) if t is main else not i or not same_edits(t.plan, main.plan)
+    tests = ts[:cover.given] + [t for i,t in enumerate(ts[cover.given:]) if needed(i, t)]
     return sorted(tests, key=lambda t: sum(o.numel() for o in t.sample.tensors))
 
 # %% ../nbs/11_fold.ipynb #5a1c0f53

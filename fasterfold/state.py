@@ -274,7 +274,9 @@ class Still:
         self.buffers = [(b, _version(b), data := b.data, part := _once(data), part.clone()) for b in buffers]
 
     @cached_property
-    def passing(self): return passing(self.model)
+    def passing(self):
+        "As the function of that name."
+        return passing(self.model)
 
     def restore(self):
         "Let `model` be as it was."

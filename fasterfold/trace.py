@@ -10,6 +10,7 @@ import inspect, torch, torch.nn.functional as F, weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache, partial, wraps
+from itertools import chain
 from threading import get_ident
 from types import CodeType, FunctionType
 from torch import nn, Tensor
@@ -255,9 +256,9 @@ def _add(self:Tracer, t, kind, store=None, **kw):
     return v
 
 @patch
-def _add_leaves(self:Tracer, named, passing):
-    "Values for the parameters and then for the buffers of the modules `named`, but for those that are `passing`."
-    shared,gone = {},{id(t) for t in passing}
+def _add_leaves(self:Tracer, named, gone):
+    "Values for the parameters and then for the buffers of the modules `named`, but for those in `gone`."
+    shared,gone = {},{id(t) for t in gone}
     for kind,attr in ('param','_parameters'),('buffer','_buffers'):
         for name,t in [(f'{n}.{k}'.lstrip('.'), t) for n,m in named for k,t in getattr(m, attr).items() if t is not None and id(t) not in gone]:
             v = self.known.get(t)
@@ -362,8 +363,8 @@ def _exit_module(self:Tracer, m, args, *rest):
     call.returned = self.seen(out)
     self._watch(m, (*kwargs,out))
     if isinstance(m, torch.jit.ScriptModule): self._doubt(call, args, kwargs, out)
-    elif call.out is not None and call.out.op in call.ops and any(out is a for o in (args, *(k.values() for k in kwargs)) for a in o) and is_dense(out):
-        return self._pass_on(out, call)
+    elif call.out is not None and call.out.op in call.ops and is_dense(out):
+        if any(out is a for a in chain(args, *(k.values() for k in kwargs))): return self._pass_on(out, call)
 
 @patch
 def _pass_on(self:Tracer, t, call):

@@ -134,7 +134,7 @@ def test_zoo_goes_on_from_its_results(tmp_path, monkeypatch):
     assert zoo.read_log()[newer['key'],newer['tool']]==newer
 
 def test_zoo_counts_norms_again(tmp_path, monkeypatch):
-    "On another machine, seconds stay those of the run of all tools, and the pages say so"
+    "On another machine, seconds and errors stay those of the run of all tools, and the pages say so"
     monkeypatch.setattr(zoo, 'collections', dict(fastai=zoo.fastai_models))
     for k in 'work','results': monkeypatch.setattr(zoo, k, tmp_path)
     for o in zoo.base: zoo.write_log(dict(key='', tool=o, version='2'))
@@ -147,6 +147,8 @@ def test_zoo_counts_norms_again(tmp_path, monkeypatch):
         row, = (m['tools']['fasterfold'] for m in z['models'])
         assert row['norms']==0 and (row['seconds']==before if again else row['seconds']<1234) and z['earlier']==again and ('counted again' in page)==again
         before = row['seconds']
+        if not again: error,own = row['error'],z['models'][0]['own']
+        assert (row['error'],z['models'][0]['own'])==(error,own)
 
 def test_zoo_tells_partly_tried_tools_apart(tmp_path, monkeypatch):
     "A tool that few models have been tried with is compared on those, and releases are those that were measured, not those that merge"

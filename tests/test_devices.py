@@ -3,7 +3,6 @@ import json
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
 from torch import nn
@@ -13,8 +12,6 @@ from fasterfold.cost import compare,peak_memory
 from fasterfold.proof import run_as
 from fasterfold.trace import trace
 from helpers import *
-
-tests = Path(__file__).parent
 
 def _alone(call, args):
     torch.set_num_threads(1)
