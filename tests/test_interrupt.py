@@ -37,9 +37,10 @@ def quick(monkeypatch):
 @pytest.fixture(autouse=True)
 def true_reasons(): "The plans made here are those of other tests."
 
-def passed_over(frame, event):
-    "At a `yield`, an exception of a profile function leaves without the `finally` around it; a signal's never does."
-    return frame.f_code is broken_off.__code__ or event=='return' and frame.f_code.co_flags & inspect.CO_GENERATOR
+def passed_over(frame, event, arg):
+    "At a `yield` and before a block of PyTorch's own ends, an exception of a profile function leaves without the `finally` around it; a signal's never does."
+    out = event=='return' and frame.f_code.co_flags & inspect.CO_GENERATOR or event=='c_call' and arg.__name__=='__exit__'
+    return frame.f_code is broken_off.__code__ or out
 
 class Presses:
     "Presses Ctrl-C at the calls and returns `at`; if `only` is given, at calls of that function."
@@ -48,7 +49,7 @@ class Presses:
     def came(self): return self.n>=self.first
     def __call__(self, frame, event, arg):
         if self.n>=self.first and event=='call' and frame.f_code is check.__code__: self.stops += 1 # where it can be heard from now on
-        if passed_over(frame, event) or self.only and (event!='call' or frame.f_code is not self.only.__code__): return
+        if passed_over(frame, event, arg) or self.only and (event!='call' or frame.f_code is not self.only.__code__): return
         self.n += 1
         if self.n in self.at: signal.raise_signal(signal.SIGINT)
 
@@ -58,7 +59,7 @@ class Looks:
     def __call__(self, frame, event, arg):
         if frame.f_code is broken_off.__code__: return
         if event=='call': self.places.append(interrupt._place(frame))
-        here = not passed_over(frame, event)
+        here = not passed_over(frame, event, arg)
         self.n += here
         self.checks += event=='call' and frame.f_code is check.__code__
         if here and (self.places[-1] is None or signal.getsignal(signal.SIGINT) is not interrupt._on_signal): self.open.append(self.n)
@@ -77,7 +78,7 @@ class Forks(Presses):
         ours = event in ('call','return') and name.startswith('fasterfold.') and name!='fasterfold.learner' # whose methods of `Learner` pass on what fastai calls
         self.inside += ours and event=='call'
         self.looks(frame, event, arg)
-        if self.inside and not passed_over(frame, event) and (every>1 or len(self.looks.open)+self.looks.checks>known) and self.draw()<self.share:
+        if self.inside and not passed_over(frame, event, arg) and (every>1 or len(self.looks.open)+self.looks.checks>known) and self.draw()<self.share:
             self.total += 1
             drawn = random.getstate()
             if pid := os.fork(): self.failed += [self.total]*bool(os.waitpid(pid, 0)[1])
@@ -123,7 +124,7 @@ def looked_at(f, again=lambda: None, Looks=Looks):
 class Counts(Looks):
     "Without the list, where that would have nearly all."
     def __call__(self, frame, event, arg):
-        self.n += not passed_over(frame, event)
+        self.n += not passed_over(frame, event, arg)
         self.checks += event=='call' and frame.f_code is check.__code__
 
 def some(items, n, g): return items if len(items)<=n else [items[g.randrange(len(items)*i//n, len(items)*(i+1)//n)] for i in range(n)]
@@ -137,7 +138,7 @@ def moments(looks, n):
 
 def world():
     "What is everybody's."
-    stacks = torch._C._len_torch_function_stack(),torch._C._len_torch_dispatch_stack()
+    stacks = torch._C._len_torch_function_stack(),torch._C._len_torch_dispatch_stack(),torch._C._is_torch_function_enabled()
     modes = torch.is_grad_enabled(),torch.is_inference_mode_enabled(),torch.is_autocast_enabled('cpu'),torch.get_default_dtype(),torch.get_num_threads()
     listening = [{**v} for k,v in vars(hooks).items() if k.startswith('_global_') and isinstance(v, dict) and 'with_kwargs' not in k] # from which PyTorch takes nothing
     return dict(handler=signal.getsignal(signal.SIGINT), waits=interrupt._pressed.at, stacks=stacks, modes=modes, listening=listening, gc=gc.isenabled(),
