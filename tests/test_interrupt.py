@@ -38,9 +38,10 @@ def quick(monkeypatch):
 def true_reasons(): "The plans made here are those of other tests."
 
 def passed_over(frame, event, arg):
-    "At a `yield` and before a block of PyTorch's own ends, an exception of a profile function leaves without the `finally` around it; a signal's never does."
-    out = event=='return' and frame.f_code.co_flags & inspect.CO_GENERATOR or event=='c_call' and arg.__name__=='__exit__'
-    return frame.f_code is broken_off.__code__ or out
+    """Moments that are none of a signal's: at a `yield` and before a block of PyTorch's own ends, an exception of a profile function leaves without the `finally` around it;
+    and a generator expression that is thrown away is called once more, in which Python loses whatever is raised."""
+    code = frame.f_code
+    return code is broken_off.__code__ or code.co_name=='<genexpr>' or event=='return' and code.co_flags & inspect.CO_GENERATOR or event=='c_call' and arg.__name__=='__exit__'
 
 class Presses:
     "Presses Ctrl-C at the calls and returns `at`; if `only` is given, at calls of that function."
