@@ -363,8 +363,8 @@ def _exit_module(self:Tracer, m, args, *rest):
     call.returned = self.seen(out)
     self._watch(m, (*kwargs,out))
     if isinstance(m, torch.jit.ScriptModule): self._doubt(call, args, kwargs, out)
-    elif call.out is not None and call.out.op in call.ops and is_dense(out):
-        if any(out is a for a in chain(args, *(k.values() for k in kwargs))): return self._pass_on(out, call)
+    elif call.out is not None and call.out.op in call.ops and any(out is a for a in chain(args, *(k.values() for k in kwargs))) and is_dense(out):
+        return self._pass_on(out, call)
 
 @patch
 def _pass_on(self:Tracer, t, call):
@@ -386,7 +386,9 @@ def _by_keyword(self:Tracer, call, given):
 @patch
 def seen(self:Tracer, out):
     "The values of all tensors in `out` that are known."
-    with _disable_current_modes(): ts = [out] if isinstance(out, Tensor) else tensors_of(out)
+    ts = [out]
+    if not isinstance(out, Tensor):
+        with _disable_current_modes(): ts = tensors_of(out)
     return [v for t in ts if (v := self.known.get(t)) is not None]
 
 @patch
