@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['at_most', 'Trial', 'same_edits', 'difference', 'on_inputs', 'contradicted', 'another', 'asked_by_place',
-           'open_questions', 'asked_alike', 'turning', 'Cover', 'not_given', 'widen', 'describe']
+           'open_questions', 'asked_alike', 'foreseen', 'turning', 'halves', 'Cover', 'not_given', 'widen', 'describe']
 
 # %% ../nbs/07_cover.ipynb #f3678802
 import inspect, torch
@@ -28,6 +28,8 @@ class Trial:
 
     def __repr__(self): return str(self.sample)+(f' with {self.what}' if self.what else '')
     def questions(self, kind): return [q for q in self.graph.watch.questions if q.kind==kind] if self.graph.watch else []
+    @property
+    def numbers(self): return sum(t.numel() for t in self.sample.tensors)
     @property
     def traced(self): return bool(self.graph.modules) # a glance knows none
     @property
@@ -143,11 +145,12 @@ def _by_place(trials):
             res.setdefault((q.where, n), []).append((t, q))
     return res
 
-def _varies(asked):
-    "Does what is compared depend on a size that differs from trial to trial?"
+def _extents(asked):
+    "What each size and number that was compared was, as far as it differs from trial to trial: pairs (trial, extent) by its key."
     keys = []
     asked[0][1].again(lambda key,n: keys.append(key) or n)
-    return any(len({t.graph.watch.sizes.get(k) for t,_ in asked})>1 for k in keys)
+    seen = {k:[(t, t.graph.watch.sizes[k]) for t,_ in asked if k in t.graph.watch.sizes] for k in keys}
+    return {k:pairs for k,pairs in seen.items() if len(pairs)<len(asked) or len({n for _,n in pairs})>1}
 
 # %% ../nbs/07_cover.ipynb #43f1ab91
 def asked_by_place(
@@ -156,7 +159,7 @@ def asked_by_place(
     "Comparisons that depend on the input; of several at one place that say the same, one; of all at one place, the one that came out both ways, if there is one."
     res = {}
     for (where,_),asked in _by_place(trials).items():
-        if _varies(asked): res.setdefault(where, {}).setdefault((asked[0][1].text, _both([asked])), asked)
+        if _extents(asked): res.setdefault(where, {}).setdefault((asked[0][1].text, _both([asked])), asked)
     return {where: [a for a in texts.values() if _both([a])][:1] or [*texts.values()] for where,texts in res.items()}
 
 def _both(comparisons): return any(len({q.answer for _,q in asked})>1 for asked in comparisons)
@@ -188,31 +191,49 @@ def _line(pairs):
     def at(c): return max(0, round(n+slope*(c-m)))
     return at if all(abs(at(a)-b)<=1 for a,b in pairs) else None
 
+def _pairs(asked, label, n):
+    "By the key of what was compared and differs, the extent `label`, which is `n` in the user's sample, with what was compared then."
+    return {k:[(t.sizes.get(label, n), m) for t,m in seen] for k,seen in _extents(asked).items()}
+
+def foreseen(
+    asked:list, # Pairs (trial, question) of one comparison
+    labels:dict, # Label to extent of the user's sample
+)->bool:
+    "Does all that was compared and differs follow one extent of the input, as far as it was run?"
+    pairs = [_pairs(asked, *o) for o in labels.items()]
+    return all(any(_line(p[k]) for p in pairs) for k in _extents(asked))
+
 # %% ../nbs/07_cover.ipynb #fcd4b77d
 at_most = 512 # Extents up to this one are looked at, and up to four times the sample's
+
+def _smallest(asked): return min(asked, key=lambda o: o[0].numbers)
 
 def turning(
     asked:list, # Pairs (trial, question) of one comparison
     trials:list, # All `Trial`s
     labels:dict, # Label to extent of the user's sample
-): # Sizes, more than one may have to be tried
-    "Sizes of the input on which the question would be answered otherwise."
-    numbers = lambda trial: sum(t.numel() for t in trial.sample.tensors)
-    base,question = min(asked, key=lambda o: numbers(o[0]))
-    most = max(2**20, 4*max(map(numbers, trials))) # in the largest input that is worth a question
+)->list: # More than one may have to be tried
+    "Sizes of the input on which the question would be answered otherwise, those first that are nearest to what was run."
+    (base,question),near,far = _smallest(asked),[],[]
+    most = max(2**20, 4*max(t.numbers for t in trials)) # in the largest input that is worth a question
     for k,n in labels.items():
-        m = base.sizes.get(k, n)
-        def at(c):
-            def size(key, n):
-                line = _line([(t.sizes.get(k, labels[k]), t.graph.watch.sizes[key]) for t,_ in asked if key in t.graph.watch.sizes])
-                return n if line is None else line(c)
-            return question.again(size)
-        for c in sorted(range(1, min(4*m+at_most, most*m//max(numbers(base), 1))), key=lambda c: abs(c-m)):
-            try: turns = bool(at(c))!=bool(question.answer)
-            except (ArithmeticError,ValueError): continue
-            if not turns: continue
-            yield base.sizes | {k:c}
-            break
+        m,lines = base.sizes.get(k, n),{key: _line(p) or _line(sorted({*p})[:2]) for key,p in _pairs(asked, k, n).items()} # what was cut off follows none
+        def turns(c):
+            try: return bool(question.again(lambda key,n: lines[key](c) if lines.get(key) else n))!=bool(question.answer)
+            except (ArithmeticError,ValueError): return False
+        extents = range(1, min(4*m+at_most, most*m//max(base.numbers, 1)))
+        if (c := next(filter(turns, sorted(extents, key=lambda c: abs(c-m))), None)) is None: continue
+        near.append(base.sizes|{k:c})
+        if turns(c := c//2 if c<m else c+c//2) and c in extents: far.append(base.sizes|{k:c})
+    return near+far
+
+def halves(
+    asked:list, # Pairs (trial, question) of one comparison
+    labels:dict, # Label to extent of the user's sample
+)->list:
+    "Sizes of inputs that have half of the smallest one."
+    base,_ = _smallest(asked)
+    return [base.sizes|{k:m//2} for k,n in labels.items() if (m := base.sizes.get(k, n))>1]
 
 # %% ../nbs/07_cover.ipynb #d3768ab5
 _places_at_most = 6 # in the code, whose questions are turned
@@ -277,15 +298,19 @@ def _with_defaults(model, sample):
 
 # %% ../nbs/07_cover.ipynb #c6e3d6ee
 def _turn(cover):
-    "Answer questions that went one way the other way."
-    for where in list(open_questions(cover.trials))[:_places_at_most]:
-        asked = open_questions(cover.trials).get(where)
-        if asked is None: continue # an input for another one answered it
+    "Answer questions that went one way the other way, also those that only come up with another answer."
+    looked = set()
+    while len(looked)<_places_at_most:
+        where,asked = next(((w,a) for w,a in open_questions(cover.trials).items() if w not in looked), (None,[]))
+        if where is None: return
         found = [sizes for a in asked for sizes in turning(a, cover.trials, cover.labels)]
-        if not found: cover.settled.add(where)
+        if found or where in cover.settled: looked.add(where)
+        else: found = [sizes for a in asked for sizes in halves(a, cover.labels)]
+        (cover.settled.discard if found and where in looked else cover.settled.add)(where)
         for sizes in found:
             cover.add(cover.attempt(sizes))
             if where not in open_questions(cover.trials): break
+
 
 # %% ../nbs/07_cover.ipynb #69d22dea
 def widen(
@@ -325,13 +350,14 @@ def describe(
 )->list: # Sentences
     "What the inputs cover, and what they do not."
     asked,still = asked_by_place(cover.trials),open_questions(cover.trials)
-    same,still = ([a[0][0][1] for w,a in still.items() if (w in cover.settled)==is_settled] for is_settled in (True,False))
+    settled = {w for w,a in still.items() if w in cover.settled and all(foreseen(o, cover.labels) for o in a)}
+    same,still = ([a[0][0][1] for w,a in still.items() if (w in settled)==is_settled] for is_settled in (True,False))
     res = [f"{how} on inputs of {_listed(map(str, cover.trials))}."]
     if not cover.watched: return [*res, "Not covered: what its code asks of its input, which could not be watched."]
     if len(cover.trials)==cover.given: res.append("It takes no input of another size.")
     turned = [a[0][0][1] for a in asked.values() if _both(a)]
     if turned: res.append(f"The model asks for sizes at {_places(len(turned))} ({_at(turned)}): both answers were run.")
-    if same: res.append(f"No size up to {at_most} turns {_at(same)}.")
+    if same: res.append(f"Reckoned from their sizes, no size up to {at_most} turns {_at(same)}.")
     if still: res.append(f"Not covered: {_at(still)}, which went one way only.")
     data = cover.questions('data')
     if data: res.append(f"The code reads data ({_at(data)}): with {cover.draws} further inputs it took {len({tuple(t.way) for t in cover.trials if t.traced})} ways.")

@@ -107,6 +107,20 @@ def remember(
     res.text,res.again,res.watch = text,again,watch
     return res
 
+# %% ../nbs/03_guards.ipynb #5a1cc002
+def _sliced(t, index):
+    items,res = index if isinstance(index, tuple) else (index,),[]
+    if not all(i is None or i is ... or isinstance(i, (int,slice)) and not isinstance(i, bool) for i in items): return res
+    d,rest = 0,t.dim()-sum(isinstance(i, (int,slice)) for i in items) # the dimensions that `...` stands for
+    for i in items:
+        if isinstance(i, slice): res.append((d, -i.start if type(i.start) is int and i.start<0 else i.stop))
+        d += rest if i is ... else i is not None
+    return [(d, n) for d,n in res if type(n) is int and n>1]
+
+def _split(t, size=None, dim=0, **_): return [(dim%t.dim(), size+1)] if type(size) is int else []
+
+_cuts = dict(__getitem__=_sliced, split=_split) # of a function: pairs of a dimension, and of the least extent with which something is cut off
+
 # %% ../nbs/03_guards.ipynb #2c51c2b1
 _reads = set('item tolist numpy __bool__ __int__ __float__ __index__ __array__ __contains__ __complex__ nonzero argwhere unique unique_consecutive masked_select equal allclose is_nonzero bincount'.split())
 
@@ -151,8 +165,10 @@ class Watch(TorchFunctionMode):
         if isinstance(out, torch.Size): return torch.Size(self._size(t, d, n) for d,n in enumerate(out))
         return self._size(t, (args[1] if len(args)>1 else kwargs['dim'])%max(t.dim(), 1), out)
 
-    def _look(self, name, args):
-        "Note it if data is read."
+    def _look(self, name, args, kwargs):
+        "Note it if data is read, or cut off at a number in the code."
+        t,dense = args[0],args[0].layout is torch.strided and not args[0].is_nested
+        for d,n in _cuts[name](*args, **kwargs) if name in _cuts and dense else (): _ = self._size(t, d, t.shape[d]) >= n
         if name=='__len__': self.note('lost', 'len')
         elif name in _reads or name=='where' and len(args)==1: self.note('data', name.strip('_'))
         elif name=='__getitem__' and any(_is_mask(i) and not self.own(i) for i in (args[1] if isinstance(args[1], tuple) else args[1:])): self.note('data', 'mask')
@@ -162,7 +178,7 @@ class Watch(TorchFunctionMode):
         t = args[0] if args else None
         if isinstance(t, Tensor) and not self.own(t):
             if func==_shape or name in ('size','numel','nelement') and t.layout is torch.strided and not t.is_nested: return self._sized(func, args, kwargs)
-            self._look(name, args)
+            self._look(name, args, kwargs)
         before = self.busy
         self.busy = before or any(isinstance(a, _Asked) for o in (*args,*kwargs.values()) for a in (o if isinstance(o, (list,tuple)) else (o,)))
         try: return func(*args, **kwargs)

@@ -66,6 +66,22 @@ def agreeing(self, x):
     y,z = self.conv(self.width(x)),self.other(F.max_pool2d(x, (3,1)))
     return self.norm(y)+z if y.shape==z.shape else y
 
+def cut(self, x):
+    "Of a short one there is less than 10."
+    y = self.norm(x)[...,:10]
+    return self.last(F.pad(y, (0,4)) if y.shape[-1]<10 else y)
+
+def cut_twice(self, x):
+    "A question that comes up only where less than 100 is left."
+    y = self.norm(x)[:,:,-100:]
+    return self.last(F.pad(y, (0,4)) if y.shape[-1]<50 else y)
+
+def segments(self, x):
+    "The first one has nothing before it."
+    res = []
+    for y in self.norm(x).split(100, 2): res.append(self.conv(F.pad(y, (1,0)) if res else y))
+    return torch.cat(res, 2)
+
 class Ways(nn.Module):
     "One way has norm 0, the other one norm 1, or both have one norm, and then a layer each; statistics of the batch hide from a batch of one what came before."
     def __init__(self, n, k):
@@ -123,13 +139,17 @@ def situations():
     add('wide', Fn(lambda s,x: s.norm(s.conv(x)) if x.shape[3]<=300 else s.conv(x), conv=conv(padding=1), norm=bn2(4)),
         image(2,3,64,64), image(1,3,64,301))
     add('shapes_that_agree', Fn(agreeing, width=lin(3,3), conv=conv(k=(3,1)), other=conv(k=1), norm=bn2(4)), image(2,3,3,3), image(2,3,5,3), image(1,3,3,3))
+    for name,f in (('cut_at_a_number',cut),('cut_at_a_larger_number',cut_twice)):
+        add(name, Fn(f, norm=bn1(3), last=nn.Conv1d(3,2,3)), *(image(2,3,n) for n in (224,7,9,10,11,49,50,99,300)))
+    add('pieces_of_a_length', Fn(segments, norm=bn1(3), conv=nn.Conv1d(3,2,3)), image(2,3,30), image(2,3,130), image(2,3,100), image(2,3,230))
     add('two_questions_in_one_line', Fn(lambda s,x: s.norm(s.conv(x)) if len(x.shape)==4 and x.shape[0]<10**6 and x.shape[3]<=300 else s.conv(x), conv=conv(padding=1), norm=bn2(4)),
         image(2,3,64,64), image(1,3,64,301))
     add('sign_of_the_mean', Fn(lambda s,x: s.norm(s.conv(x)) if x.mean()>0 else s.conv(x), conv=conv(padding=1), norm=bn2(4)), y.abs(), -y.abs())
     add('loudness', Fn(lambda s,x: s.norm(s.conv(x)) if x.std()<2.5 else s.conv(x), conv=conv(padding=1), norm=bn2(4)), y, y*4)
     return res
 
-by_data = {'nothing_masked','short_batch','odd_width','wide','sign_of_the_mean','loudness','truth_as_argument','pad_if_needed','shapes_that_agree','two_questions_in_one_line'} # what only a run can show
+by_data = {'nothing_masked','short_batch','odd_width','wide','sign_of_the_mean','loudness','truth_as_argument','pad_if_needed','shapes_that_agree','two_questions_in_one_line',
+    'cut_at_a_number','cut_at_a_larger_number','pieces_of_a_length'} # what only a run can show
 
 def right(model, folded, inputs):
     for x in inputs: check_outputs(model, folded, x)
@@ -170,7 +190,7 @@ def test_what_was_covered_is_said():
 def test_what_was_not_covered_is_said():
     def far(s, x): return s.norm(s.conv(x)) if x.shape[3]<=10**5 else s.conv(x)
     text = covers(Fn(far, conv=conv(padding=1), norm=nn.BatchNorm2d(4)), image(2,3,64,64))
-    assert 'No size up to 512 turns `shape[3] <= 100000`, test_inputs.py:' in text
+    assert 'no size up to 512 turns `shape[3] <= 100000`, test_inputs.py:' in text
     class Optional(nn.Sequential):
         def forward(self, x, mask=None): return super().forward(x if mask is None else x*mask)
     assert 'Not covered: the model with `mask`, which no sample has.' in covers(Optional(conv(), nn.BatchNorm2d(4)), image(2,3,64,64))
