@@ -9,6 +9,7 @@ __all__ = ['at_most', 'Trial', 'same_edits', 'difference', 'on_inputs', 'contrad
 # %% ../nbs/07_cover.ipynb #f3678802
 import inspect, torch
 from dataclasses import dataclass, field
+from fastcore.basics import groupby
 from torch import nn
 from .plan import FoldPlan, plan_folds
 from .sample import Sample, awkward, neighbours
@@ -145,31 +146,41 @@ def _by_place(trials):
             res.setdefault((q.where, n), []).append((t, q))
     return res
 
-def _extents(asked):
-    "What each size and number that was compared was, as far as it differs from trial to trial: pairs (trial, extent) by its key."
+def _extents(asked, trials):
+    "What each size and number that was compared is in `trials`, as far as it differs: pairs (trial, extent) by its key."
     keys = []
-    asked[0][1].again(lambda key,n: keys.append(key) or n)
-    seen = {k:[(t, t.graph.watch.sizes[k]) for t,_ in asked if k in t.graph.watch.sizes] for k in keys}
-    return {k:pairs for k,pairs in seen.items() if len(pairs)<len(asked) or len({n for _,n in pairs})>1}
+    for _,q in asked: q.again(lambda key,n: keys.append(key) or n)
+    seen = {k:[(t, t.graph.watch.sizes[k]) for t in trials if t.graph.watch and k in t.graph.watch.sizes] for k in keys}
+    return {k:pairs for k,pairs in seen.items() if len({n for _,n in pairs})>1}
 
 # %% ../nbs/07_cover.ipynb #43f1ab91
+def _is_both(asked): return len({q.answer for _,q in asked})>1
+
+def _by_text(comparisons, trials):
+    "Those that came out both ways, and of the rest one for each text: a number that is one of several, as the larger side of an image is, has each its own."
+    both = [a for a in comparisons if _is_both(a)]
+    done,rest = {q.text for a in both for _,q in a},{}
+    for asked in comparisons:
+        for text,same in groupby(asked, lambda o: o[1].text).items():
+            if text not in done and _extents(same, trials): rest.setdefault(text, same)
+    return both+[*rest.values()]
+
 def asked_by_place(
     trials:list, # `Trial`s
 )->dict: # Place in the code to a list, for each comparison, of pairs (trial, question)
-    "Comparisons that depend on the input; of several at one place that say the same, one; of all at one place, the one that came out both ways, if there is one."
+    "Comparisons that depend on the input; of those at one place that say the same, one."
     res = {}
     for (where,_),asked in _by_place(trials).items():
-        if _extents(asked): res.setdefault(where, {}).setdefault((asked[0][1].text, _both([asked])), asked)
-    return {where: [a for a in texts.values() if _both([a])][:1] or [*texts.values()] for where,texts in res.items()}
-
-def _both(comparisons): return any(len({q.answer for _,q in asked})>1 for asked in comparisons)
+        if _extents(asked, trials): res.setdefault(where, []).append(asked)
+    return {where:_by_text(comparisons, trials) for where,comparisons in res.items()}
 
 # %% ../nbs/07_cover.ipynb #961f17f3
 def open_questions(
     trials:list, # `Trial`s
 )->dict: # Place in the code to a list, for each comparison, of pairs (trial, question)
     "Comparisons that depend on the input and came out the same way in all `trials`."
-    return {where:asked for where,asked in asked_by_place(trials).items() if not _both(asked)}
+    asked = {where:[a for a in comparisons if not _is_both(a)] for where,comparisons in asked_by_place(trials).items()}
+    return {where:a for where,a in asked.items() if a}
 
 # %% ../nbs/07_cover.ipynb #5a1c7c02
 def asked_alike(
@@ -191,17 +202,18 @@ def _line(pairs):
     def at(c): return max(0, round(n+slope*(c-m)))
     return at if all(abs(at(a)-b)<=1 for a,b in pairs) else None
 
-def _pairs(asked, label, n):
+def _pairs(asked, trials, label, n):
     "By the key of what was compared and differs, the extent `label`, which is `n` in the user's sample, with what was compared then."
-    return {k:[(t.sizes.get(label, n), m) for t,m in seen] for k,seen in _extents(asked).items()}
+    return {k:[(t.sizes.get(label, n), m) for t,m in seen] for k,seen in _extents(asked, trials).items()}
 
 def foreseen(
     asked:list, # Pairs (trial, question) of one comparison
+    trials:list, # All `Trial`s
     labels:dict, # Label to extent of the user's sample
 )->bool:
     "Does all that was compared and differs follow one extent of the input, as far as it was run?"
-    pairs = [_pairs(asked, *o) for o in labels.items()]
-    return all(any(_line(p[k]) for p in pairs) for k in _extents(asked))
+    pairs = [_pairs(asked, trials, *o) for o in labels.items()]
+    return all(any(_line(p[k]) for p in pairs) for k in _extents(asked, trials))
 
 # %% ../nbs/07_cover.ipynb #fcd4b77d
 at_most = 512 # Extents up to this one are looked at, and up to four times the sample's
@@ -217,7 +229,7 @@ def turning(
     (base,question),near,far = _smallest(asked),[],[]
     most = max(2**20, 4*max(t.numbers for t in trials)) # in the largest input that is worth a question
     for k,n in labels.items():
-        m,lines = base.sizes.get(k, n),{key: _line(p) or _line(sorted({*p})[:2]) for key,p in _pairs(asked, k, n).items()} # what was cut off follows none
+        m,lines = base.sizes.get(k, n),{key: _line(p) or _line(sorted({*p})[:2]) for key,p in _pairs(asked, trials, k, n).items()} # what was cut off follows none
         def turns(c):
             try: return bool(question.again(lambda key,n: lines[key](c) if lines.get(key) else n))!=bool(question.answer)
             except (ArithmeticError,ValueError): return False
@@ -350,15 +362,15 @@ def describe(
 )->list: # Sentences
     "What the inputs cover, and what they do not."
     asked,still = asked_by_place(cover.trials),open_questions(cover.trials)
-    settled = {w for w,a in still.items() if w in cover.settled and all(foreseen(o, cover.labels) for o in a)}
-    same,still = ([a[0][0][1] for w,a in still.items() if (w in settled)==is_settled] for is_settled in (True,False))
+    settled = {w for w,a in still.items() if w in cover.settled and all(foreseen(o, cover.trials, cover.labels) for o in a)}
+    same,left = ([a[0][0][1] for w,a in still.items() if (w in settled)==is_settled] for is_settled in (True,False))
     res = [f"{how} on inputs of {_listed(map(str, cover.trials))}."]
     if not cover.watched: return [*res, "Not covered: what its code asks of its input, which could not be watched."]
     if len(cover.trials)==cover.given: res.append("It takes no input of another size.")
-    turned = [a[0][0][1] for a in asked.values() if _both(a)]
+    turned = [a[0][0][1] for w,a in asked.items() if w not in still]
     if turned: res.append(f"The model asks for sizes at {_places(len(turned))} ({_at(turned)}): both answers were run.")
     if same: res.append(f"Reckoned from their sizes, no size up to {at_most} turns {_at(same)}.")
-    if still: res.append(f"Not covered: {_at(still)}, which went one way only.")
+    if left: res.append(f"Not covered: {_at(left)}, which went one way only.")
     data = cover.questions('data')
     if data: res.append(f"The code reads data ({_at(data)}): with {cover.draws} further inputs it took {len({tuple(t.way) for t in cover.trials if t.traced})} ways.")
     else: res.append("It reads no data.")

@@ -6,7 +6,7 @@
 __all__ = ['Question', 'Extent', 'Ratio', 'remember', 'Watch']
 
 # %% ../nbs/03_guards.ipynb #8a39e8b4
-import math, operator, os, sys, torch, weakref
+import math, numpy as np, operator, os, sys, torch, weakref
 from dataclasses import dataclass
 from itertools import count
 from torch import Tensor
@@ -25,14 +25,14 @@ class Question:
     again:object = None # For 'size': function of `size(key, n)`, which says what each size would be; returns what would come out
 
 # %% ../nbs/03_guards.ipynb #390b4c83
-_torch = os.path.dirname(torch.__file__)
+_libraries = tuple(os.path.dirname(m.__file__) for m in (torch,np))
 
 def _where():
-    "File and line of the code that asks: the innermost that is not here and, if there is one before ours, not in PyTorch."
+    "File and line of the code that asks: the innermost that is not here and, if there is one before ours, not in PyTorch or NumPy."
     f = sys._getframe(1)
     while isinstance(f.f_locals.get('self'), (_Asked,Watch)): f = f.f_back
     first = f
-    while f is not None and f.f_code.co_filename.startswith(_torch): f = f.f_back
+    while f is not None and f.f_code.co_filename.startswith(_libraries): f = f.f_back
     if f is None or f.f_globals.get('__name__', '').startswith('fasterfold.'): f = first
     name = f.f_code.co_filename
     return f"{'cell' if 'ipython-input' in name or 'ipykernel' in name else os.path.basename(name)}:{f.f_lineno}"
@@ -53,6 +53,8 @@ class _Asked:
         return self.plain
     def __bool__(self): return self!=0
     def __divmod__(self, other): return self//other, self%other
+    def __rdivmod__(self, other): return other//self, other%self
+    def __hash__(self): return hash(self._lost('hash'))
     def __reduce__(self): return type(self.plain), (self.plain,)
     def __deepcopy__(self, memo): return self.plain
 
@@ -77,6 +79,8 @@ def _comparison(symbol, f):
 for _n,_s in dict(add='+', sub='-', mul='*', floordiv='//', mod='%', truediv='/', pow='**').items():
     setattr(_Asked, f'__{_n}__', _arithmetic(_s, getattr(operator, _n), False))
     setattr(_Asked, f'__r{_n}__', _arithmetic(_s, getattr(operator, _n), True))
+for _n,_s in {'and_':'&','or_':'|','xor':'^','lshift':'<<','rshift':'>>'}.items():
+    for _r in ('','r'): setattr(_Asked, f"__{_r}{_n.strip('_')}__", _arithmetic(_s, getattr(operator, _n), bool(_r)))
 for _n,_s in dict(eq='==', ne='!=', lt='<', le='<=', gt='>', ge='>=').items(): setattr(_Asked, f'__{_n}__', _comparison(_s, getattr(operator, _n)))
 for _n,_f in dict(neg=operator.neg, abs=abs, ceil=math.ceil, floor=math.floor, round=round, trunc=math.trunc).items():
     setattr(_Asked, f'__{_n}__', lambda self,*a,f=_f,n=_n: self._new(f, (self,*a), f"{n}({self.text})"))
@@ -85,14 +89,15 @@ for _n,_f in dict(neg=operator.neg, abs=abs, ceil=math.ceil, floor=math.floor, r
 class Extent(_Asked, int):
     "A size that remembers."
     base = staticmethod(lambda s: int.__add__(s, 0))
-    __hash__ = int.__hash__
-    def __int__(self): return self.plain
+    __hash__ = _Asked.__hash__
+    def __int__(self): return self._lost('int')
     def __float__(self): return float(self._lost('float'))
+    def bit_length(self): return self._lost('bit_length').bit_length()
 
 class Ratio(_Asked, float):
     "A float that remembers."
     base = staticmethod(lambda s: float.__add__(s, 0.))
-    __hash__ = float.__hash__
+    __hash__ = _Asked.__hash__
     def __int__(self): return int(self._lost('int'))
 
 def remember(
@@ -169,7 +174,7 @@ class Watch(TorchFunctionMode):
         "Note it if data is read, or cut off at a number in the code."
         t,dense = args[0],args[0].layout is torch.strided and not args[0].is_nested
         for d,n in _cuts[name](*args, **kwargs) if name in _cuts and dense else (): _ = self._size(t, d, t.shape[d]) >= n
-        if name=='__len__': self.note('lost', 'len')
+        if name in ('__len__','stride'): self.note('lost', name.strip('_'))
         elif name in _reads or name=='where' and len(args)==1: self.note('data', name.strip('_'))
         elif name=='__getitem__' and any(_is_mask(i) and not self.own(i) for i in (args[1] if isinstance(args[1], tuple) else args[1:])): self.note('data', 'mask')
 

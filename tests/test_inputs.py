@@ -2,7 +2,7 @@
 
 Each situation is a small model, a sample, and inputs unlike it: another size, batch, length, argument or route. Folded with the proof on, the model
 must be right for all of them. With the proof off it must be, too, wherever no data decides: a rule that counts on a property of the sample is wrong."""
-import pytest, torch, torch.nn.functional as F
+import numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn
 from fasterfold.sample import Sample
 from fasterfold.state import FoldError
@@ -138,6 +138,11 @@ def situations():
     add('odd_width', Fn(lambda s,x: s.norm(s.conv(x)) if x.shape[3]%2==0 else s.conv(x), conv=conv(padding=1), norm=bn2(4)), y, image(2,3,8,9))
     add('wide', Fn(lambda s,x: s.norm(s.conv(x)) if x.shape[3]<=300 else s.conv(x), conv=conv(padding=1), norm=bn2(4)),
         image(2,3,64,64), image(1,3,64,301))
+    def decided(name, by, *others): add(name, Fn(lambda s,x: s.norm(s.conv(x)) if by(x) else s.conv(x), conv=conv(padding=1), norm=bn2(4)), image(2,3,64,64), *others)
+    decided('larger_side', lambda x: max(x.shape[2:])<=300, image(1,3,64,301), image(1,3,301,64))
+    decided('sizes_together', lambda x: x.shape[2:]!=(64,301), image(2,3,64,301), image(1,3,65,301))
+    decided('bits_of_a_size', lambda x: x.shape[3]&256==0 and 300|x.shape[2]<1000 and x.shape[2]>>8==0, image(2,3,64,256), image(2,3,256,64))
+    decided('division_by_a_size', lambda x: divmod(300, x.shape[3])[0]>0, image(2,3,64,301))
     add('shapes_that_agree', Fn(agreeing, width=lin(3,3), conv=conv(k=(3,1)), other=conv(k=1), norm=bn2(4)), image(2,3,3,3), image(2,3,5,3), image(1,3,3,3))
     for name,f in (('cut_at_a_number',cut),('cut_at_a_larger_number',cut_twice)):
         add(name, Fn(f, norm=bn1(3), last=nn.Conv1d(3,2,3)), *(image(2,3,n) for n in (224,7,9,10,11,49,50,99,300)))
@@ -149,7 +154,7 @@ def situations():
     return res
 
 by_data = {'nothing_masked','short_batch','odd_width','wide','sign_of_the_mean','loudness','truth_as_argument','pad_if_needed','shapes_that_agree','two_questions_in_one_line',
-    'cut_at_a_number','cut_at_a_larger_number','pieces_of_a_length'} # what only a run can show
+    'cut_at_a_number','larger_side','sizes_together','bits_of_a_size','division_by_a_size','cut_at_a_larger_number','pieces_of_a_length'} # what only a run can show
 
 def right(model, folded, inputs):
     for x in inputs: check_outputs(model, folded, x)
@@ -194,6 +199,12 @@ def test_what_was_not_covered_is_said():
     class Optional(nn.Sequential):
         def forward(self, x, mask=None): return super().forward(x if mask is None else x*mask)
     assert 'Not covered: the model with `mask`, which no sample has.' in covers(Optional(conv(), nn.BatchNorm2d(4)), image(2,3,64,64))
+
+@pytest.mark.parametrize('how,by', dict(int=lambda n: int(n)<=300, float=lambda n: float(n)<=300, hash=lambda n: n not in {301,302}, bit_length=lambda n: n.bit_length()<9,
+    numpy=lambda n: np.array([n]).max()<=300).items())
+def test_sizes_that_get_away_are_said(how, by):
+    text = covers(Fn(lambda s,x: s.norm(s.conv(x)) if by(x.shape[3]) else s.conv(x), conv=conv(padding=1), norm=nn.BatchNorm2d(4)), image(2,3,64,64))
+    assert f"Not followed: sizes that become plain numbers (`{how.replace('numpy','int')}(shape[3])`, test_inputs.py:" in text
 
 def test_data_that_is_read_is_said():
     def f(s, x): return s.norm(s.conv(x))*(1 if x.mean().item()<9 else 1)

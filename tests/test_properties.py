@@ -451,6 +451,12 @@ def pad_to(b, i):
     b.add(b.pick(lambda net,x: F.pad(x, (0,-x.shape[-1]%m)), lambda net,x: F.pad(x, (0,-x.shape[-1]%m), value=.5), lambda net,x: x/x.shape[-1],
         lambda net,x: x.sum(-1, keepdim=True)/x.shape[-1], lambda net,x: x@x.new_ones(x.shape[-1], 1)), i)
 @kind()
+def cut_off(b, i):
+    "A slice that ends at a number in the code, of which there is less where the size is smaller."
+    n = b.int(2, 6)
+    def filled(x): return F.pad(x, (0,n-x.shape[-1]))
+    b.add(b.pick(lambda net,x: x[...,:n], lambda net,x: x[...,-n:], lambda net,x: filled(x[...,:n]), lambda net,x: x[...,:n]*x[...,:n].shape[-1]), i)
+@kind()
 def gain(b, i): b.add(b.pick(lambda net,x: x*net.gain, lambda net,x: x+net.gain, lambda net,x: net.gain-x, lambda net,x: torch.add(x, x, alpha=net.gain)), i)
 @kind()
 def domain(b, i):
