@@ -311,14 +311,16 @@ def _with_defaults(model, sample):
 # %% ../nbs/07_cover.ipynb #c6e3d6ee
 def _turn(cover):
     "Answer questions that went one way the other way, also those that only come up with another answer."
-    looked = set()
+    looked,halved = set(),set()
     while len(looked)<_places_at_most:
         where,asked = next(((w,a) for w,a in open_questions(cover.trials).items() if w not in looked), (None,[]))
         if where is None: return
         found = [sizes for a in asked for sizes in turning(a, cover.trials, cover.labels)]
-        if found or where in cover.settled: looked.add(where)
-        else: found = [sizes for a in asked for sizes in halves(a, cover.labels)]
-        (cover.settled.discard if found and where in looked else cover.settled.add)(where)
+        if found or where in halved: looked.add(where)
+        else:
+            halved.add(where)
+            found = [sizes for a in asked for sizes in halves(a, cover.labels)]
+        if not found: cover.settled.add(where)
         for sizes in found:
             cover.add(cover.attempt(sizes))
             if where not in open_questions(cover.trials): break

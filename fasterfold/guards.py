@@ -79,7 +79,7 @@ def _comparison(symbol, f):
 for _n,_s in dict(add='+', sub='-', mul='*', floordiv='//', mod='%', truediv='/', pow='**').items():
     setattr(_Asked, f'__{_n}__', _arithmetic(_s, getattr(operator, _n), False))
     setattr(_Asked, f'__r{_n}__', _arithmetic(_s, getattr(operator, _n), True))
-for _n,_s in {'and_':'&','or_':'|','xor':'^','lshift':'<<','rshift':'>>'}.items():
+for _n,_s in dict(and_='&', or_='|', xor='^', lshift='<<', rshift='>>').items():
     for _r in ('','r'): setattr(_Asked, f"__{_r}{_n.strip('_')}__", _arithmetic(_s, getattr(operator, _n), bool(_r)))
 for _n,_s in dict(eq='==', ne='!=', lt='<', le='<=', gt='>', ge='>=').items(): setattr(_Asked, f'__{_n}__', _comparison(_s, getattr(operator, _n)))
 for _n,_f in dict(neg=operator.neg, abs=abs, ceil=math.ceil, floor=math.floor, round=round, trunc=math.trunc).items():
