@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['at_most', 'Trial', 'same_edits', 'difference', 'on_inputs', 'contradicted', 'another', 'asked_by_place',
-           'open_questions', 'asked_alike', 'foreseen', 'turning', 'halves', 'Cover', 'not_given', 'widen', 'describe']
+           'open_questions', 'asked_alike', 'foreseen', 'turning', 'halves', 'turning_numbers', 'Cover', 'not_given',
+           'unvaried', 'widen', 'describe']
 
 # %% ../nbs/07_cover.ipynb #f3678802
 import inspect, torch
 from dataclasses import dataclass, field
 from fastcore.basics import groupby
-from torch import nn
+from torch import nn, Tensor
+from torch.utils._pytree import tree_flatten
 from .plan import FoldPlan, plan_folds
-from .sample import Sample, awkward, neighbours
+from .sample import Sample, awkward, neighbours, tensors_of
 from .state import Still
 from .trace import Graph, trace
 
@@ -247,6 +249,24 @@ def halves(
     base,_ = _smallest(asked)
     return [base.sizes|{k:m//2} for k,n in labels.items() if (m := base.sizes.get(k, n))>1]
 
+# %% ../nbs/07_cover.ipynb #5a1cc011
+def _near(v, numbers):
+    "Numbers that an argument `v` might be, which is compared with `numbers`."
+    if isinstance(v, int): return [*range(v-64, v+at_most), *(round(n)+d for n in numbers for d in (-1,0,1))]
+    return [f*n+d for n in (v,*numbers) for f in (1,2,.5,-1) for d in (0,1,-1)]
+
+def turning_numbers(
+    asked:list, # Pairs (trial, question) of one comparison
+)->list: # Pairs (what, `Sample`)
+    "Samples with another number among the arguments, with which the question would be answered otherwise."
+    (base,question),given = _smallest(asked),{}
+    question.again(lambda key,n: given.setdefault(key, n))
+    def turns(i, c):
+        try: return bool(question.again(lambda key,n: c if key==i else n))!=bool(question.answer)
+        except (ArithmeticError,ValueError): return False
+    def found(i, v): return next((c for c in sorted(_near(v, question.numbers), key=lambda c: abs(c-v)) if turns(i, c)), None)
+    return [base.sample.put(i, c) for i,v in given.items() if isinstance(i, int) and (c := found(i, v)) is not None]
+
 # %% ../nbs/07_cover.ipynb #d3768ab5
 _places_at_most = 6 # in the code, whose questions are turned
 
@@ -261,13 +281,13 @@ class Cover:
         self.model,self.still,self.labels = model,Still(model),samples[0].labels
         self.trials = [Trial(s, look(model, s, still=self.still)) for s in samples]
         self.given,self.draws,self.watched,self.settled = len(samples),0,all(t.graph.watch for t in self.trials),set() # `settled`: places whose answer no size turns
-        self.known = {tuple(t.sizes.items()):t for t in known}
+        self.known = {tuple(t.sizes.items()):t for t in known if not t.what}
         self.agree()
 
     def attempt(self, sizes, sample=None, what=''):
-        "The trial of an input, None if the model refuses it."
+        "The trial of an input, or of a `sample` that has these sizes; None if the model refuses it."
         if sample is None and tuple(sizes.items()) in self.known: return self.known[tuple(sizes.items())]
-        sample = (sample or self.trials[0].sample).resized(sizes) if sizes else sample
+        if sample is None: sample = self.trials[0].sample.resized(sizes)
         try: return Trial(sample, trace(self.model, sample, self.watched, self.still), sizes, what)
         except Exception: return None # a model need not take everything
 
@@ -294,35 +314,50 @@ class Cover:
     def questions(self, kind): return list({(q.where,q.text):q for t in self.trials for q in t.questions(kind)}.values())
 
 # %% ../nbs/07_cover.ipynb #9bb5b149
+def _arguments(model, sample):
+    "The parameters of the model's `forward`, and what `sample` gives for them."
+    try:
+        sig = inspect.signature(model.forward)
+        return sig.parameters,sig.bind_partial(*sample.args, **sample.kwargs).arguments
+    except (TypeError,ValueError): return {},{}
+
 def not_given(
     model:nn.Module, # Any model
     sample:Sample, # What it is called with
 )->dict: # Name to default
     "Arguments of the model that `sample` leaves at their defaults."
-    try: sig = inspect.signature(model.forward)
-    except (TypeError,ValueError): return {}
-    try: given = sig.bind_partial(*sample.args, **sample.kwargs).arguments
-    except TypeError: return {}
-    return {n:p.default for n,p in sig.parameters.items() if n not in given and p.default is not p.empty}
+    params,given = _arguments(model, sample)
+    return {n:p.default for n,p in params.items() if n not in given and p.default is not p.empty}
 
+def unvaried(
+    model:nn.Module, # Any model
+    samples:list, # `Sample`s: what it is called with
+)->list: # Names
+    "Arguments that are the same in all `samples`, and neither numbers nor tensors, so that nobody knows what else they may be: words, flags of other kinds, None."
+    first,*more = [_arguments(model, s)[1] for s in samples]
+    def odd(v): return any(not isinstance(o, (Tensor,int,float)) and not tensors_of(o) for o in tree_flatten(v)[0])
+    return [n for n,v in first.items() if odd(v) and all(repr(o.get(n))==repr(v) for o in more)]
+
+
+# %% ../nbs/07_cover.ipynb #c6e3d6ee
 def _with_defaults(model, sample):
     return [(f'{n}={o!r}', Sample(sample.args, sample.kwargs|{n:o}, sample.parts)) for n,v in not_given(model, sample).items() for o in neighbours(v)]
 
-# %% ../nbs/07_cover.ipynb #c6e3d6ee
 def _turn(cover):
     "Answer questions that went one way the other way, also those that only come up with another answer."
     looked,halved = set(),set()
     while len(looked)<_places_at_most:
         where,asked = next(((w,a) for w,a in open_questions(cover.trials).items() if w not in looked), (None,[]))
         if where is None: return
-        found = [sizes for a in asked for sizes in turning(a, cover.trials, cover.labels)]
-        if found or where in halved: looked.add(where)
+        tries = [(sizes,) for a in asked for sizes in turning(a, cover.trials, cover.labels)]
+        tries += [(_smallest(a)[0].sizes, s, what) for a in asked for what,s in turning_numbers(a)]
+        if tries or where in halved: looked.add(where)
         else:
             halved.add(where)
-            found = [sizes for a in asked for sizes in halves(a, cover.labels)]
-        if not found: cover.settled.add(where)
-        for sizes in found:
-            cover.add(cover.attempt(sizes))
+            tries = [(sizes,) for a in asked for sizes in halves(a, cover.labels)]
+        if not tries: cover.settled.add(where)
+        for o in tries:
+            cover.add(cover.attempt(*o))
             if where not in open_questions(cover.trials): break
 
 
@@ -334,12 +369,12 @@ def widen(
     small = another(cover.trials[0].sample, cover.attempt)
     cover.add(small)
     base = small or cover.trials[0]
-    for what,s in [*base.sample.varied(),*_with_defaults(cover.model, base.sample)]: cover.add(cover.attempt({}, s, what))
+    for what,s in [*base.sample.varied(),*_with_defaults(cover.model, base.sample)]: cover.add(cover.attempt(base.sizes, s, what))
     if 'batch' in cover.labels and any(q.text=='len' for q in cover.questions('lost')):
         for n in (2,5,9,17): cover.add(cover.attempt(base.sizes|{'batch':n}))
     _turn(cover)
     if cover.questions('data'):
-        drawn = [cover.attempt({}, s, 'other numbers') for s in base.sample.drawn()]
+        drawn = [cover.attempt(base.sizes, s, 'other numbers') for s in base.sample.drawn()]
         cover.draws = len([*filter(None, drawn)])
         for t in drawn: cover.add(t)
     cover.agree()
@@ -380,4 +415,6 @@ def describe(
     if lost: res.append(f"Not followed: sizes that become plain numbers ({_at(lost)}).")
     missing = [f'`{n}`' for n,v in not_given(cover.model, cover.main.sample).items() if not neighbours(v)]
     if missing: res.append(f"Not covered: the model with {_listed(missing)}, which no sample has.")
+    unlike = [f'`{n}`' for n in unvaried(cover.model, [t.sample for t in cover.trials[:cover.given]])]
+    if unlike: res.append(f"Not covered: other values of {_listed(unlike)}, which no sample has.")
     return res

@@ -319,14 +319,25 @@ def neighbours(
     return [2*v+1.5] if isinstance(v, float) else []
 
 @patch
+def put(self:Sample,
+    i:int, # Place among all leaves of the arguments
+    v, # A number or a truth
+): # Pair (what, `Sample`)
+    "The same with another number or truth, also in a scalar tensor."
+    leaves,spec = tree_flatten((self.args,self.kwargs))
+    scalar = isinstance(old := leaves[i], Tensor)
+    new = [*leaves[:i],torch.full_like(old, v) if scalar else v,*leaves[i+1:]]
+    return f'{v!r} instead of {old.item() if scalar else old!r}', Sample(*tree_unflatten(new, spec), self.parts)
+
+@patch
 def varied(self:Sample)->list: # Pairs (what, `Sample`)
     "Samples with one number or truth among the arguments changed, scalar tensors included."
-    leaves,spec = tree_flatten((self.args,self.kwargs))
-    def put(i, v): return Sample(*tree_unflatten([*leaves[:i],v,*leaves[i+1:]], spec), self.parts)
     def scalar(o): return isinstance(o, Tensor) and o.dim()==0 and is_dense(o)
-    return [(f'{o!r} instead of {v!r}', put(i, torch.full_like(leaf, o) if scalar(leaf) else o))
-        for i,leaf in enumerate(leaves) for v in [leaf.item() if scalar(leaf) else leaf] for o in neighbours(v)]
+    leaves = tree_flatten((self.args,self.kwargs))[0]
+    return [self.put(i, o) for i,leaf in enumerate(leaves) for o in neighbours(leaf.item() if scalar(leaf) else leaf)]
 
+
+# %% ../nbs/02_sample.ipynb #5a1cc020
 _ways = [(3.,0.),(.3,0.),(1.,3.),(1.,-3.),(10.,0.),(-3.,10.),(.1,1.),(-1.,-1.)]
 
 @patch

@@ -140,6 +140,9 @@ def situations():
     add('wide', Fn(lambda s,x: s.norm(s.conv(x)) if x.shape[3]<=300 else s.conv(x), conv=conv(padding=1), norm=bn2(4)),
         image(2,3,64,64), image(1,3,64,301))
     def decided(name, by, *others): add(name, either(by), image(2,3,64,64), *others)
+    for name,by,v,*others in (('large_integer', lambda i: i<50, 3, 50, -3), ('negative_integer', lambda i: i>=0, 3, -1, 0), ('large_float', lambda g: g<50, .5, 50., 51.),
+        ('negative_float', lambda g: g>0, .5, -1., 2.), ('fifth_of_many', lambda i: i%7!=5, 0, 5, 12)):
+        add(name, Fn(lambda s,x,v,by=by: s.conv(s.norm(x) if by(v) else F.pad(s.norm(x), (1,0))), norm=bn2(3), conv=conv()), (x,v), *((x,o) for o in others))
     decided('larger_side', lambda x: max(x.shape[2:])<=300, image(1,3,64,301), image(1,3,301,64))
     decided('sizes_together', lambda x: x.shape[2:]!=(64,301), image(2,3,64,301), image(1,3,65,301))
     decided('bits_of_a_size', lambda x: x.shape[3]&256==0 and 300|x.shape[2]<1000 and x.shape[2]>>8==0, image(2,3,64,256), image(2,3,256,64))
@@ -155,7 +158,7 @@ def situations():
     return res
 
 by_data = {'nothing_masked','short_batch','odd_width','wide','sign_of_the_mean','loudness','truth_as_argument','pad_if_needed','shapes_that_agree','two_questions_in_one_line',
-    'cut_at_a_number','larger_side','sizes_together','bits_of_a_size','division_by_a_size','cut_at_a_larger_number','pieces_of_a_length'} # what only a run can show
+    'large_integer','negative_integer','large_float','negative_float','fifth_of_many','cut_at_a_number','larger_side','sizes_together','bits_of_a_size','division_by_a_size','cut_at_a_larger_number','pieces_of_a_length'} # what only a run can show
 
 def right(model, folded, inputs):
     for x in inputs: check_outputs(model, folded, x)
@@ -208,6 +211,15 @@ get_away = dict(int=lambda n: int(n)<=300, float=lambda n: float(n)<=300, hash=l
 def test_sizes_that_get_away_are_said(how, by):
     text = covers(either(lambda x: by(x.shape[3])), image(2,3,64,64))
     assert f"Not followed: sizes that become plain numbers (`{how.replace('numpy','int')}(shape[3])`, test_inputs.py:" in text
+
+@pytest.mark.parametrize('value,other', [('mean','sum'), (None,1), (torch.float32,torch.float64), (dict(how='mean'),dict(how='sum')), (F.relu,F.gelu)])
+def test_arguments_that_are_no_numbers_are_said(value, other):
+    class Takes(nn.Sequential):
+        def forward(self, x, how): return super().forward(x)
+    said = 'Not covered: other values of `how`, which no sample has.'
+    model,x = Takes(conv(), nn.BatchNorm2d(4)),image(2,3,8,8)
+    assert said in covers(model, (x,value)) and said not in covers(model, None, samples=[(x,value),(x,other)])
+    for v in (1,.5,True,x,[x,2],(1,False)): assert said not in covers(model, (x,v))
 
 def test_data_that_is_read_is_said():
     def f(s, x): return s.norm(s.conv(x))*(1 if x.mean().item()<9 else 1)
