@@ -329,6 +329,11 @@ def not_given(
     params,given = _arguments(model, sample)
     return {n:p.default for n,p in params.items() if n not in given and p.default is not p.empty}
 
+def _with_defaults(model, sample):
+    return [(f'{n}={o!r}', Sample(sample.args, sample.kwargs|{n:o}, sample.parts)) for n,v in not_given(model, sample).items() for o in neighbours(v)]
+
+
+# %% ../nbs/07_cover.ipynb #5a1cc031
 def unvaried(
     model:nn.Module, # Any model
     samples:list, # `Sample`s: what it is called with
@@ -338,11 +343,7 @@ def unvaried(
     def odd(v): return any(not isinstance(o, (Tensor,int,float)) and not tensors_of(o) for o in tree_flatten(v)[0])
     return [n for n,v in first.items() if odd(v) and all(repr(o.get(n))==repr(v) for o in more)]
 
-
 # %% ../nbs/07_cover.ipynb #c6e3d6ee
-def _with_defaults(model, sample):
-    return [(f'{n}={o!r}', Sample(sample.args, sample.kwargs|{n:o}, sample.parts)) for n,v in not_given(model, sample).items() for o in neighbours(v)]
-
 def _turn(cover):
     "Answer questions that went one way the other way, also those that only come up with another answer."
     looked,halved = set(),set()
