@@ -179,10 +179,9 @@ def asked_by_place(
 # %% ../nbs/07_cover.ipynb #961f17f3
 def open_questions(
     trials:list, # `Trial`s
-)->dict: # Place in the code to a list, for each comparison, of pairs (trial, question)
+)->dict: # (place in the code, text) to pairs (trial, question)
     "Comparisons that depend on the input and came out the same way in all `trials`."
-    asked = {where:[a for a in comparisons if not _is_both(a)] for where,comparisons in asked_by_place(trials).items()}
-    return {where:a for where,a in asked.items() if a}
+    return {(where,a[0][1].text):a for where,comparisons in asked_by_place(trials).items() for a in comparisons if not _is_both(a)}
 
 # %% ../nbs/07_cover.ipynb #5a1c7c02
 def asked_alike(
@@ -204,9 +203,13 @@ def _line(pairs):
     def at(c): return max(0, round(n+slope*(c-m)))
     return at if all(abs(at(a)-b)<=1 for a,b in pairs) else None
 
-def _pairs(asked, trials, label, n):
-    "By the key of what was compared and differs, the extent `label`, which is `n` in the user's sample, with what was compared then."
-    return {k:[(t.sizes.get(label, n), m) for t,m in seen] for k,seen in _extents(asked, trials).items()}
+def _followed(asked, trials, labels):
+    "By label, and by the key of what was compared and differs, pairs of that extent of the input and what was compared; what always is one of the extents follows no other."
+    res = {k:{} for k in labels}
+    for key,seen in _extents(asked, trials).items():
+        pairs = {k:[(t.sizes.get(k, n), m) for t,m in seen] for k,n in labels.items()}
+        for k in [k for k,p in pairs.items() if all(c==m for c,m in p)] or labels: res[k][key] = pairs[k]
+    return res
 
 def foreseen(
     asked:list, # Pairs (trial, question) of one comparison
@@ -214,8 +217,8 @@ def foreseen(
     labels:dict, # Label to extent of the user's sample
 )->bool:
     "Does all that was compared and differs follow one extent of the input, as far as it was run?"
-    pairs = [_pairs(asked, trials, *o) for o in labels.items()]
-    return all(any(_line(p[k]) for p in pairs) for k in _extents(asked, trials))
+    followed = _followed(asked, trials, labels).values()
+    return all(any(_line(p[k]) for p in followed if k in p) for k in _extents(asked, trials))
 
 # %% ../nbs/07_cover.ipynb #fcd4b77d
 at_most = 512 # Extents up to this one are looked at, and up to four times the sample's
@@ -228,17 +231,22 @@ def turning(
     labels:dict, # Label to extent of the user's sample
 )->list: # More than one may have to be tried
     "Sizes of the input on which the question would be answered otherwise, those first that are nearest to what was run."
-    (base,question),near,far = _smallest(asked),[],[]
+    question,near,far = _smallest(asked)[1],[],[]
     most = max(2**20, 4*max(t.numbers for t in trials)) # in the largest input that is worth a question
-    for k,n in labels.items():
-        m,lines = base.sizes.get(k, n),{key: _line(p) or _line(sorted({*p})[:2]) for key,p in _pairs(asked, trials, k, n).items()} # what was cut off follows none
+    followed = _followed(asked, trials, labels)
+    def search(base, k, n):
+        m,lines = base.sizes.get(k, n),{key: _line(p) or _line(sorted({*p})[:2]) for key,p in followed[k].items()} # what was cut off follows none
+        def at(key, n): return base.graph.watch.sizes.get(key, n)
         def turns(c):
-            try: return bool(question.again(lambda key,n: lines[key](c) if lines.get(key) else n))!=bool(question.answer)
+            try: return bool(question.again(lambda key,n: lines[key](c) if lines.get(key) else at(key, n)))!=bool(question.answer)
             except (ArithmeticError,ValueError): return False
         extents = range(1, min(4*m+at_most, most*m//max(base.numbers, 1)))
-        if (c := next(filter(turns, sorted(extents, key=lambda c: abs(c-m))), None)) is None: continue
+        if (c := next(filter(turns, sorted(extents, key=lambda c: abs(c-m))), None)) is None: return
         near.append(base.sizes|{k:c})
         if turns(c := c//2 if c<m else c+c//2) and c in extents: far.append(base.sizes|{k:c})
+    for base in sorted(dict.fromkeys(t for t,_ in asked), key=lambda t: t.numbers):
+        for o in labels.items(): search(base, *o)
+        if near: break
     return near+far
 
 def halves(
@@ -268,7 +276,7 @@ def turning_numbers(
     return [base.sample.put(i, c) for i,v in given.items() if isinstance(i, int) and (c := found(i, v)) is not None]
 
 # %% ../nbs/07_cover.ipynb #d3768ab5
-_places_at_most = 6 # in the code, whose questions are turned
+_turned_at_most = 8 # questions
 
 class Cover:
     "The inputs on which a model was tried, and what they leave open."
@@ -280,7 +288,7 @@ class Cover:
     ):
         self.model,self.still,self.labels = model,Still(model),samples[0].labels
         self.trials = [Trial(s, look(model, s, still=self.still)) for s in samples]
-        self.given,self.draws,self.watched,self.settled = len(samples),0,all(t.graph.watch for t in self.trials),set() # `settled`: places whose answer no size turns
+        self.given,self.draws,self.watched,self.settled = len(samples),0,all(t.graph.watch for t in self.trials),set() # `settled`: questions that no size turns
         self.known = {tuple(t.sizes.items()):t for t in known if not t.what}
         self.agree()
 
@@ -347,19 +355,21 @@ def unvaried(
 def _turn(cover):
     "Answer questions that went one way the other way, also those that only come up with another answer."
     looked,halved = set(),set()
-    while len(looked)<_places_at_most:
-        where,asked = next(((w,a) for w,a in open_questions(cover.trials).items() if w not in looked), (None,[]))
-        if where is None: return
-        tries = [(sizes,) for a in asked for sizes in turning(a, cover.trials, cover.labels)]
-        tries += [(_smallest(a)[0].sizes, s, what) for a in asked for what,s in turning_numbers(a)]
-        if tries or where in halved: looked.add(where)
+    while len(looked)<_turned_at_most:
+        left = {k:a for k,a in open_questions(cover.trials).items() if k not in looked}
+        if not left: return
+        key = min(left, key=lambda k: sum(w==k[0] for w,_ in looked)) # a loop may ask at one place for ever
+        asked = left[key]
+        tries = [(sizes,) for sizes in turning(asked, cover.trials, cover.labels)]
+        tries += [(_smallest(asked)[0].sizes, s, what) for what,s in turning_numbers(asked)]
+        if tries or key in halved: looked.add(key)
         else:
-            halved.add(where)
-            tries = [(sizes,) for a in asked for sizes in halves(a, cover.labels)]
-        if not tries: cover.settled.add(where)
+            halved.add(key)
+            tries = [(sizes,) for sizes in halves(asked, cover.labels)]
+        if not tries: cover.settled.add(key)
         for o in tries:
             cover.add(cover.attempt(*o))
-            if where not in open_questions(cover.trials): break
+            if key not in open_questions(cover.trials): break
 
 
 # %% ../nbs/07_cover.ipynb #69d22dea
@@ -400,12 +410,12 @@ def describe(
 )->list: # Sentences
     "What the inputs cover, and what they do not."
     asked,still = asked_by_place(cover.trials),open_questions(cover.trials)
-    settled = {w for w,a in still.items() if w in cover.settled and all(foreseen(o, cover.trials, cover.labels) for o in a)}
-    same,left = ([a[0][0][1] for w,a in still.items() if (w in settled)==is_settled] for is_settled in (True,False))
+    def settled(k): return k in cover.settled and foreseen(still[k], cover.trials, cover.labels)
+    same,left = ([a[0][1] for k,a in still.items() if settled(k)==o] for o in (True,False))
     res = [f"{how} on inputs of {_listed(map(str, cover.trials))}."]
     if not cover.watched: return [*res, "Not covered: what its code asks of its input, which could not be watched."]
     if len(cover.trials)==cover.given: res.append("It takes no input of another size.")
-    turned = [a[0][0][1] for w,a in asked.items() if w not in still]
+    turned = [a[0][0][1] for w,a in asked.items() if w not in {w for w,_ in still}]
     if turned: res.append(f"The model asks for sizes at {_places(len(turned))} ({_at(turned)}): both answers were run.")
     if same: res.append(f"Reckoned from their sizes, no size up to {at_most} turns {_at(same)}.")
     if left: res.append(f"Not covered: {_at(left)}, which went one way only.")

@@ -1,5 +1,6 @@
 "Both models in every engine that there is: what is shown, what is left out and why, and that nothing else changes."
 import json, os, pickle, subprocess, sys
+from unittest.mock import patch
 import matplotlib
 matplotlib.use('agg')
 import matplotlib.pyplot as plt, pytest, torch
@@ -25,14 +26,15 @@ def benched(model, sample, which=('eager',), more=None, sizes=True):
     "A bench of `model` in the engines `which` and `more`, on one item and a batch if `sizes`."
     folder = BN_Folder()
     folded = folder.fold(model, sample)
-    with pytest.MonkeyPatch.context() as m:
-        for k in [*engines]:
-            if k not in which: m.delitem(engines, k)
-        for k,f in (more or {}).items(): m.setitem(engines, k, Engine(f, (), False))
+    some = {k:e for k,e in engines.items() if k in which} | {k:Engine(f, (), False) for k,f in (more or {}).items()}
+    with patch.dict(engines, some, clear=True):
         return bench(model, folded, folder.result, Sample.of(sample).by_size(model) if sizes else {'2 items':sample}, seconds=.01)
 
 @pytest.fixture
-def uncompiled(monkeypatch, moments): monkeypatch.delitem(engines, 'torch.compile')
+def uncompiled(moments):
+    with patch.dict(engines):
+        del engines['torch.compile']
+        yield
 
 # By command
 

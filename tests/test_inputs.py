@@ -145,6 +145,14 @@ def situations():
         add(name, Fn(lambda s,x,v,by=by: s.conv(s.norm(x) if by(v) else F.pad(s.norm(x), (1,0))), norm=bn2(3), conv=conv()), (x,v), *((x,o) for o in others))
     decided('larger_side', lambda x: max(x.shape[2:])<=300, image(1,3,64,301), image(1,3,301,64))
     decided('sizes_together', lambda x: x.shape[2:]!=(64,301), image(2,3,64,301), image(1,3,65,301))
+    decided('area', lambda x: x.shape[2]*x.shape[3]!=64*71, image(2,3,64,71), image(2,3,71,64))
+    decided('twice_as_high', lambda x: x.shape[2]!=2*x.shape[3], image(2,3,64,32), image(2,3,128,64))
+    decided('two_remainders', lambda x: x.shape[3]%7!=3 or x.shape[2]%5!=2, image(2,3,67,66), image(2,3,42,45))
+    def halved(x):
+        n = x.shape[3]
+        while n>8: n //= 2
+        return n!=5
+    decided('halved_in_a_loop', halved, image(2,3,64,5), image(2,3,64,160))
     decided('bits_of_a_size', lambda x: x.shape[3]&256==0 and 300|x.shape[2]<1000 and x.shape[2]>>8==0, image(2,3,64,256), image(2,3,256,64))
     decided('division_by_a_size', lambda x: divmod(300, x.shape[3])[0]>0, image(2,3,64,301))
     add('shapes_that_agree', Fn(agreeing, width=lin(3,3), conv=conv(k=(3,1)), other=conv(k=1), norm=bn2(4)), image(2,3,3,3), image(2,3,5,3), image(1,3,3,3))
@@ -158,7 +166,7 @@ def situations():
     return res
 
 by_data = {'nothing_masked','short_batch','odd_width','wide','sign_of_the_mean','loudness','truth_as_argument','pad_if_needed','shapes_that_agree','two_questions_in_one_line',
-    'large_integer','negative_integer','large_float','negative_float','fifth_of_many','cut_at_a_number','larger_side','sizes_together','bits_of_a_size','division_by_a_size','cut_at_a_larger_number','pieces_of_a_length'} # what only a run can show
+    'area','twice_as_high','two_remainders','halved_in_a_loop','large_integer','negative_integer','large_float','negative_float','fifth_of_many','cut_at_a_number','larger_side','sizes_together','bits_of_a_size','division_by_a_size','cut_at_a_larger_number','pieces_of_a_length'} # what only a run can show
 
 def right(model, folded, inputs):
     for x in inputs: check_outputs(model, folded, x)
