@@ -39,10 +39,9 @@ def quick(monkeypatch):
 def true_reasons(): "The plans made here are those of other tests."
 
 def passed_over(frame, event, arg):
-    """Moments that are none of a signal's: at a `yield` and before a block of PyTorch's own ends, an exception of a profile function leaves without the `finally` around it;
-    and a generator expression that is thrown away is called once more, in which Python loses whatever is raised."""
-    code = frame.f_code
-    return code is broken_off.__code__ or code.co_name=='<genexpr>' or event=='return' and code.co_flags & inspect.CO_GENERATOR or event=='c_call' and arg.__name__=='__exit__'
+    "At a `yield` and before a block of PyTorch's own ends, an exception of a profile function leaves without the `finally` around it; a signal's never does."
+    out = event=='return' and frame.f_code.co_flags & inspect.CO_GENERATOR or event=='c_call' and arg.__name__=='__exit__'
+    return frame.f_code is broken_off.__code__ or out
 
 class Presses:
     "Presses Ctrl-C at the calls and returns `at`; if `only` is given, at calls of that function."
@@ -107,11 +106,14 @@ def everywhere(f, verdict, **kwargs):
     assert not stopped and not forks.failed and forks.total>20
 
 def broken_off(f, presses):
-    "Was `f` broken off by one of `presses`?"
-    sys.setprofile(presses)
-    try: f()
-    except KeyboardInterrupt: return True
-    finally: sys.setprofile(None)
+    "Was `f` broken off by one of `presses`? Where something is thrown away, Python loses what is raised, and goes on as if nobody had pressed."
+    lost = []
+    with patch.object(sys, 'unraisablehook', lost.append):
+        sys.setprofile(presses)
+        try: f()
+        except KeyboardInterrupt: return True
+        finally: sys.setprofile(None)
+    if lost: presses.first = float('inf')
     return False
 
 def looked_at(f, again=lambda: None, Looks=Looks):
