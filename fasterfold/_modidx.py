@@ -382,6 +382,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fasterfold.cover._places': ('cover.html#_places', 'fasterfold/cover.py'),
                                   'fasterfold.cover._smallest': ('cover.html#_smallest', 'fasterfold/cover.py'),
                                   'fasterfold.cover._turn': ('cover.html#_turn', 'fasterfold/cover.py'),
+                                  'fasterfold.cover._turned': ('cover.html#_turned', 'fasterfold/cover.py'),
                                   'fasterfold.cover._with_defaults': ('cover.html#_with_defaults', 'fasterfold/cover.py'),
                                   'fasterfold.cover.another': ('cover.html#another', 'fasterfold/cover.py'),
                                   'fasterfold.cover.asked_alike': ('cover.html#asked_alike', 'fasterfold/cover.py'),

@@ -225,30 +225,31 @@ at_most = 512 # Extents up to this one are looked at, and up to four times the s
 
 def _smallest(asked): return min(asked, key=lambda o: o[0].numbers)
 
+def _turned(question, base, label, m, most, lines):
+    "Sizes with another extent than `m` of `label`, for which the question would be answered otherwise: the nearest, and one that goes half as far again."
+    def size(c): return lambda key,n: lines[key](c) if lines.get(key) else base.graph.watch.sizes.get(key, n)
+    def turns(c):
+        try: return bool(question.again(size(c)))!=bool(question.answer)
+        except (ArithmeticError,ValueError): return False
+    extents = range(1, min(4*m+at_most, most*m//max(base.numbers, 1)))
+    if (c := next(filter(turns, sorted(extents, key=lambda c: abs(c-m))), None)) is None: return []
+    further = c//2 if c<m else c+c//2
+    return [base.sizes|{label:o} for o in (c, *[further]*(further in extents and turns(further)))]
+
 def turning(
     asked:list, # Pairs (trial, question) of one comparison
     trials:list, # All `Trial`s
     labels:dict, # Label to extent of the user's sample
 )->list: # More than one may have to be tried
     "Sizes of the input on which the question would be answered otherwise, those first that are nearest to what was run."
-    question,near,far = _smallest(asked)[1],[],[]
+    question,followed = _smallest(asked)[1],_followed(asked, trials, labels)
     most = max(2**20, 4*max(t.numbers for t in trials)) # in the largest input that is worth a question
-    followed = _followed(asked, trials, labels)
-    def search(base, k, n):
-        m,lines = base.sizes.get(k, n),{key: _line(p) or _line(sorted({*p})[:2]) for key,p in followed[k].items()} # what was cut off follows none
-        def at(key, n): return base.graph.watch.sizes.get(key, n)
-        def turns(c):
-            try: return bool(question.again(lambda key,n: lines[key](c) if lines.get(key) else at(key, n)))!=bool(question.answer)
-            except (ArithmeticError,ValueError): return False
-        extents = range(1, min(4*m+at_most, most*m//max(base.numbers, 1)))
-        if (c := next(filter(turns, sorted(extents, key=lambda c: abs(c-m))), None)) is None: return
-        near.append(base.sizes|{k:c})
-        if turns(c := c//2 if c<m else c+c//2) and c in extents: far.append(base.sizes|{k:c})
+    lines = {k:{key:_line(p) or _line(sorted({*p})[:2]) for key,p in ps.items()} for k,ps in followed.items()} # what was cut off follows none
     for base in sorted(dict.fromkeys(t for t,_ in asked), key=lambda t: t.numbers):
-        for o in labels.items(): search(base, *o)
-        if near: break
-    return near+far
+        if found := [*filter(None, (_turned(question, base, k, base.sizes.get(k, n), most, lines[k]) for k,n in labels.items()))]: break
+    return [s[0] for s in found]+[s[1] for s in found if len(s)>1]
 
+# %% ../nbs/07_cover.ipynb #5a1cc012
 def halves(
     asked:list, # Pairs (trial, question) of one comparison
     labels:dict, # Label to extent of the user's sample
@@ -340,7 +341,6 @@ def not_given(
 def _with_defaults(model, sample):
     return [(f'{n}={o!r}', Sample(sample.args, sample.kwargs|{n:o}, sample.parts)) for n,v in not_given(model, sample).items() for o in neighbours(v)]
 
-
 # %% ../nbs/07_cover.ipynb #5a1cc031
 def unvaried(
     model:nn.Module, # Any model
@@ -370,7 +370,6 @@ def _turn(cover):
         for o in tries:
             cover.add(cover.attempt(*o))
             if key not in open_questions(cover.trials): break
-
 
 # %% ../nbs/07_cover.ipynb #69d22dea
 def widen(
@@ -410,12 +409,12 @@ def describe(
 )->list: # Sentences
     "What the inputs cover, and what they do not."
     asked,still = asked_by_place(cover.trials),open_questions(cover.trials)
-    def settled(k): return k in cover.settled and foreseen(still[k], cover.trials, cover.labels)
-    same,left = ([a[0][1] for k,a in still.items() if settled(k)==o] for o in (True,False))
+    settled = {k for k,a in still.items() if k in cover.settled and foreseen(a, cover.trials, cover.labels)}
+    same,left = ([a[0][1] for k,a in still.items() if (k in settled)==is_settled] for is_settled in (True,False))
     res = [f"{how} on inputs of {_listed(map(str, cover.trials))}."]
     if not cover.watched: return [*res, "Not covered: what its code asks of its input, which could not be watched."]
     if len(cover.trials)==cover.given: res.append("It takes no input of another size.")
-    turned = [a[0][0][1] for w,a in asked.items() if w not in {w for w,_ in still}]
+    turned = [a[0][0][1] for a in asked.values() if all(map(_is_both, a))]
     if turned: res.append(f"The model asks for sizes at {_places(len(turned))} ({_at(turned)}): both answers were run.")
     if same: res.append(f"Reckoned from their sizes, no size up to {at_most} turns {_at(same)}.")
     if left: res.append(f"Not covered: {_at(left)}, which went one way only.")

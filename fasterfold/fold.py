@@ -361,7 +361,7 @@ def _tests(cover):
     ts,main = cover.trials,cover.main
     def needed(i, t): return not asked_alike(t, ts[0]) if t is main else not i or not same_edits(t.plan, main.plan)
     tests = ts[:cover.given] + [t for i,t in enumerate(ts[cover.given:]) if needed(i, t)]
-    return sorted(tests, key=lambda t: sum(o.numel() for o in t.sample.tensors))
+    return sorted(tests, key=lambda t: t.numbers)
 
 # %% ../nbs/11_fold.ipynb #5a1c0f53
 def _drawn(target, snap, sample, eps, seed):

@@ -12,6 +12,7 @@ from itertools import count
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from .state import is_dense
 
 # %% ../nbs/03_guards.ipynb #f6688e92
 @dataclass
@@ -89,7 +90,6 @@ for _n,_f in dict(neg=operator.neg, abs=abs, ceil=math.ceil, floor=math.floor, r
 class Extent(_Asked, int):
     "A size that remembers."
     base = staticmethod(lambda s: int.__add__(s, 0))
-    __hash__ = _Asked.__hash__
     def __int__(self): return self._lost('int')
     def __float__(self): return float(self._lost('float'))
     def bit_length(self): return self._lost('bit_length').bit_length()
@@ -97,7 +97,6 @@ class Extent(_Asked, int):
 class Ratio(_Asked, float):
     "A float that remembers."
     base = staticmethod(lambda s: float.__add__(s, 0.))
-    __hash__ = _Asked.__hash__
     def __int__(self): return int(self._lost('int'))
 
 def remember(
@@ -114,6 +113,7 @@ def remember(
 
 # %% ../nbs/03_guards.ipynb #5a1cc002
 def _sliced(t, index):
+    "Dimensions of `t` of which `index` takes no more than a number in the code says."
     items,res = index if isinstance(index, tuple) else (index,),[]
     if not all(i is None or i is ... or isinstance(i, (int,slice)) and not isinstance(i, bool) for i in items): return res
     d,rest = 0,t.dim()-sum(isinstance(i, (int,slice)) for i in items) # the dimensions that `...` stands for
@@ -126,10 +126,12 @@ def _split(t, size=None, dim=0, **_): return [(dim%t.dim(), size+1)] if type(siz
 
 _cuts = dict(__getitem__=_sliced, split=_split) # of a function: pairs of a dimension, and of the least extent with which something is cut off
 
-# %% ../nbs/03_guards.ipynb #2c51c2b1
+# %% ../nbs/03_guards.ipynb #5a1cc005
 _reads = set('item tolist numpy __bool__ __int__ __float__ __index__ __array__ __contains__ __complex__ nonzero argwhere unique unique_consecutive masked_select equal allclose is_nonzero bincount'.split())
 
 def _is_mask(i): return isinstance(i, Tensor) and i.dtype in (torch.bool,torch.uint8)
+
+# %% ../nbs/03_guards.ipynb #2c51c2b1
 _shape = Tensor.shape.__get__
 
 class Watch(TorchFunctionMode):
@@ -172,8 +174,9 @@ class Watch(TorchFunctionMode):
 
     def _look(self, name, args, kwargs):
         "Note it if data is read, or cut off at a number in the code."
-        t,dense = args[0],args[0].layout is torch.strided and not args[0].is_nested
-        for d,n in _cuts[name](*args, **kwargs) if name in _cuts and dense else (): _ = self._size(t, d, t.shape[d]) >= n
+        t = args[0]
+        if name in _cuts and is_dense(t):
+            for d,n in _cuts[name](*args, **kwargs): _ = self._size(t, d, t.shape[d]) >= n
         if name in ('__len__','stride'): self.note('lost', name.strip('_'))
         elif name in _reads or name=='where' and len(args)==1: self.note('data', name.strip('_'))
         elif name=='__getitem__' and any(_is_mask(i) and not self.own(i) for i in (args[1] if isinstance(args[1], tuple) else args[1:])): self.note('data', 'mask')
@@ -182,7 +185,7 @@ class Watch(TorchFunctionMode):
         kwargs,name = kwargs or {},getattr(func, '__name__', '')
         t = args[0] if args else None
         if isinstance(t, Tensor) and not self.own(t):
-            if func==_shape or name in ('size','numel','nelement') and t.layout is torch.strided and not t.is_nested: return self._sized(func, args, kwargs)
+            if func==_shape or name in ('size','numel','nelement') and is_dense(t): return self._sized(func, args, kwargs)
             self._look(name, args, kwargs)
         before = self.busy
         self.busy = before or any(isinstance(a, _Asked) for o in (*args,*kwargs.values()) for a in (o if isinstance(o, (list,tuple)) else (o,)))

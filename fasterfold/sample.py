@@ -336,7 +336,6 @@ def varied(self:Sample)->list: # Pairs (what, `Sample`)
     leaves = tree_flatten((self.args,self.kwargs))[0]
     return [self.put(i, o) for i,leaf in enumerate(leaves) for o in neighbours(leaf.item() if scalar(leaf) else leaf)]
 
-
 # %% ../nbs/02_sample.ipynb #5a1cc020
 _ways = [(3.,0.),(.3,0.),(1.,3.),(1.,-3.),(10.,0.),(-3.,10.),(.1,1.),(-1.,-1.)]
 

@@ -1,5 +1,5 @@
 "One thread and the same random numbers for every test; and every plan that a test makes keeps norms for true reasons only."
-import random
+import random, signal
 from functools import partial
 from unittest.mock import patch
 import numpy as np, pytest, torch
@@ -16,6 +16,13 @@ def seeded():
 @pytest.fixture(autouse=True)
 def true_reasons(monkeypatch):
     for m in (fasterfold.cover,fasterfold.fold,fasterfold.plan): monkeypatch.setattr(m, 'plan_folds', with_true_reasons(m.plan_folds))
+
+@pytest.fixture
+def ctrl_c():
+    "Python's own handler of Ctrl-C, which a shell that runs the tests in the background has ignored; it is there afterwards, too."
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.signal(signal.SIGINT, old) is signal.default_int_handler
 
 @pytest.fixture
 def moments(monkeypatch):

@@ -199,15 +199,8 @@ class Pressed(nn.Conv2d):
             if not self.left[0]: signal.raise_signal(signal.SIGINT)
         return super().forward(x)
 
-@pytest.fixture
-def heard():
-    "A shell that runs the tests in the background has Ctrl-C ignored."
-    old = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, old)
-
 @pytest.mark.parametrize('times', [1,12]) # in the proof, and in the middle of a turn
-def test_interrupted(times, heard, tmp_path):
+def test_interrupted(times, ctrl_c, tmp_path):
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), Pressed(4, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 10))
     learn = learner(tmp_path, net)
     learn.create_opt()

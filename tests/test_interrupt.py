@@ -27,13 +27,10 @@ from learners import KINDS,train
 every = int(os.environ.get('INTERRUPT', 0))
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    "Python's own handler, no bars, latency measured for a moment only, and no plans read again."
-    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+def quick(ctrl_c, monkeypatch):
+    "No bars, latency measured for a moment only, and no plans read again."
     monkeypatch.setattr('fasterfold.learner.report', timed_for(.001))
     monkeypatch.setattr(defaults, 'callbacks', [o for o in defaults.callbacks if o is not ProgressCallback])
-    yield
-    assert signal.signal(signal.SIGINT, old) is signal.default_int_handler
 
 @pytest.fixture(autouse=True)
 def true_reasons(): "The plans made here are those of other tests."
@@ -107,8 +104,9 @@ def everywhere(f, verdict, **kwargs):
 
 def broken_off(f, presses):
     "Was `f` broken off by one of `presses`? Where something is thrown away, Python loses what is raised, and goes on as if nobody had pressed."
-    lost = []
-    with patch.object(sys, 'unraisablehook', lost.append):
+    lost,tell = [],sys.unraisablehook
+    def hook(u): lost.append(True) if u.exc_type is KeyboardInterrupt else tell(u)
+    with patch.object(sys, 'unraisablehook', hook):
         sys.setprofile(presses)
         try: f()
         except KeyboardInterrupt: return True
