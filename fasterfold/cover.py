@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['at_most', 'Trial', 'same_edits', 'difference', 'on_inputs', 'contradicted', 'another', 'asked_by_place',
            'open_questions', 'asked_alike', 'foreseen', 'turning', 'halves', 'turning_numbers', 'Cover', 'not_given',
-           'unvaried', 'widen', 'describe']
+           'open_ended', 'otherwise_given', 'unvaried', 'widen', 'describe']
 
 # %% ../nbs/07_cover.ipynb #f3678802
 import inspect, torch
@@ -14,7 +14,7 @@ from fastcore.basics import groupby
 from torch import nn, Tensor
 from torch.utils._pytree import tree_flatten
 from .plan import FoldPlan, plan_folds
-from .sample import Sample, awkward, neighbours, tensors_of
+from .sample import Sample, awkward, fewer_or_more, neighbours, tensors_of
 from .state import Still
 from .trace import Graph, trace
 
@@ -28,6 +28,7 @@ class Trial:
     what:str = '' # What else is other than in the user's sample, in words
     plan:FoldPlan = None # What would be folded if there were no other input; of the first that was traced, what no other contradicts
     exclude:dict = field(default_factory=dict) # Norm to the reason for which it must stay, as another input shows
+    smaller:'Trial' = None # One with a quarter of its numbers at most, for which the same would be folded
 
     def __repr__(self): return str(self.sample)+(f' with {self.what}' if self.what else '')
     def questions(self, kind): return [q for q in self.graph.watch.questions if q.kind==kind] if self.graph.watch else []
@@ -341,6 +342,33 @@ def not_given(
 def _with_defaults(model, sample):
     return [(f'{n}={o!r}', Sample(sample.args, sample.kwargs|{n:o}, sample.parts)) for n,v in not_given(model, sample).items() for o in neighbours(v)]
 
+# %% ../nbs/07_cover.ipynb #5a1cd022
+def open_ended(
+    model:nn.Module, # Any model
+)->list: # Names
+    "What takes keyword arguments of any name in the model's `forward`."
+    return [n for n,p in _arguments(model, Sample())[0].items() if p.kind is p.VAR_KEYWORD]
+
+# %% ../nbs/07_cover.ipynb #5a1cd012
+def otherwise_given(
+    model:nn.Module, # Any model
+    sample:Sample, # What it is called with
+)->list: # Pairs (what, `Sample`)
+    "Samples without one of the arguments, or with fewer or more entries in one."
+    params,given = _arguments(model, sample)
+    several = sum(bool(tensors_of(v)) for v in given.values())>1
+    def other(n, v):
+        p = params[n]
+        if p.kind not in (p.VAR_POSITIONAL,p.VAR_KEYWORD):
+            if p.default is not p.empty and p.default is not v: yield f'{n}={p.default!r}',p.default
+            elif several and p.default is p.empty and tensors_of(v): yield f'{n}=None',None
+        yield from fewer_or_more(v)
+    def put(n, v):
+        bound = inspect.signature(model.forward).bind_partial(*sample.args, **sample.kwargs)
+        bound.arguments[n] = v
+        return Sample(bound.args, bound.kwargs, sample.parts)
+    return [(what,put(n, o)) for n,v in given.items() for what,o in other(n, v)]
+
 # %% ../nbs/07_cover.ipynb #5a1cc031
 def unvaried(
     model:nn.Module, # Any model
@@ -379,7 +407,8 @@ def widen(
     small = another(cover.trials[0].sample, cover.attempt)
     cover.add(small)
     base = small or cover.trials[0]
-    for what,s in [*base.sample.varied(),*_with_defaults(cover.model, base.sample)]: cover.add(cover.attempt(base.sizes, s, what))
+    others = [*base.sample.varied(),*_with_defaults(cover.model, base.sample),*otherwise_given(cover.model, base.sample)]
+    for what,s in others: cover.add(cover.attempt(base.sizes, s, what))
     if 'batch' in cover.labels and any(q.text=='len' for q in cover.questions('lost')):
         for n in (2,5,9,17): cover.add(cover.attempt(base.sizes|{'batch':n}))
     _turn(cover)
@@ -423,7 +452,7 @@ def describe(
     else: res.append("It reads no data.")
     lost = cover.questions('lost')
     if lost: res.append(f"Not followed: sizes that become plain numbers ({_at(lost)}).")
-    missing = [f'`{n}`' for n,v in not_given(cover.model, cover.main.sample).items() if not neighbours(v)]
+    missing = [f'`{n}`' for n,v in not_given(cover.model, cover.main.sample).items() if not neighbours(v)] + [f'other `{n}`' for n in open_ended(cover.model)]
     if missing: res.append(f"Not covered: the model with {_listed(missing)}, which no sample has.")
     unlike = [f'`{n}`' for n in unvaried(cover.model, [t.sample for t in cover.trials[:cover.given]])]
     if unlike: res.append(f"Not covered: other values of {_listed(unlike)}, which no sample has.")

@@ -82,6 +82,24 @@ def segments(self, x):
     for y in self.norm(x).split(100, 2): res.append(self.conv(F.pad(y, (1,0)) if res else y))
     return torch.cat(res, 2)
 
+class Conditioned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv,self.emb,self.norm = conv(padding=1),conv(padding=1),nn.BatchNorm2d(4)
+    def forward(self, x, cond=None, flip=False, by=None):
+        h = self.conv(x)
+        return self.norm(h if cond is None else self.emb(cond)+h).relu()
+
+def seen_from(self, views):
+    h = self.ways[-1](views[-1])
+    for way,x in zip(self.ways, views[:-1]): h = way(x)+h
+    return self.norm(h).relu()
+
+def sensed(self, sensors):
+    first,*rest = (self.ways[k](x) for k,x in sensors['found'].items())
+    for y in rest: first = y+first
+    return self.norm(first).relu()
+
 class Ways(nn.Module):
     "One way has norm 0, the other one norm 1, or both have one norm, and then a layer each; statistics of the batch hide from a batch of one what came before."
     def __init__(self, n, k):
@@ -161,13 +179,24 @@ def situations():
     add('pieces_of_a_length', Fn(segments, norm=bn1(3), conv=nn.Conv1d(3,2,3)), image(2,3,30), image(2,3,130), image(2,3,100), image(2,3,230))
     add('two_questions_in_one_line', Fn(lambda s,x: s.norm(s.conv(x)) if len(x.shape)==4 and x.shape[0]<10**6 and x.shape[3]<=300 else s.conv(x), conv=conv(padding=1), norm=bn2(4)),
         image(2,3,64,64), image(1,3,64,301))
+    add('condition_left_out', Conditioned(), (x,-x), x, (x,None))
+    add('condition_left_out_by_name', Conditioned(), dict(x=x, cond=-x), dict(x=x), dict(x=x, cond=None))
+    def seen(): return dict(ways=nn.ModuleList([conv() for _ in range(3)]), norm=bn2(4))
+    add('one_view_less', Fn(seen_from, **seen()), ([x,-x,2*x],), ([x,-x],), ([x],))
+    add('one_view_less_in_a_tuple', Fn(seen_from, **seen()), ((x,-x,2*x),), ((x,-x),), ((x,),))
+    add('one_sensor_less', Fn(sensed, ways=nn.ModuleDict(dict(left=conv(), right=conv())), norm=bn2(4)), (dict(found=dict(left=x, right=-x)),),
+        (dict(found=dict(left=x)),), (dict(found=dict(right=x)),))
+    add('one_argument_less', Fn(lambda s,*xs: seen_from(s, xs), **seen()), (x,-x,2*x), (x,-x), (x,))
     add('sign_of_the_mean', Fn(lambda s,x: s.norm(s.conv(x)) if x.mean()>0 else s.conv(x), conv=conv(padding=1), norm=bn2(4)), y.abs(), -y.abs())
+    add('domain_of_a_whole_batch', Fn(lambda s,x,i: s.norm(s.conv(x) if i[0]==0 else s.conv(x).relu()), conv=conv(), norm=bn2(4)),
+        (x,torch.tensor([0,0])), (x,torch.tensor([1,1])))
     add('loudness', Fn(lambda s,x: s.norm(s.conv(x)) if x.std()<2.5 else s.conv(x), conv=conv(padding=1), norm=bn2(4)), y, y*4)
     return res
 
 by_data = {'nothing_masked','short_batch','odd_width','wide','sign_of_the_mean','loudness','truth_as_argument','pad_if_needed','shapes_that_agree','two_questions_in_one_line',
     'area','twice_as_high','two_remainders','halved_in_a_loop','large_integer','negative_integer','large_float','negative_float','fifth_of_many',
-    'cut_at_a_number','larger_side','sizes_together','bits_of_a_size','division_by_a_size','cut_at_a_larger_number','pieces_of_a_length'} # what only a run can show
+    'cut_at_a_number','larger_side','sizes_together','bits_of_a_size','division_by_a_size','cut_at_a_larger_number','pieces_of_a_length',
+    'condition_left_out','condition_left_out_by_name','one_view_less','one_view_less_in_a_tuple','one_sensor_less','one_argument_less','domain_of_a_whole_batch'} # what only a run can show
 
 def right(model, folded, inputs):
     for x in inputs: check_outputs(model, folded, x)
@@ -196,7 +225,7 @@ def covers(model, sample, **kw):
     folder.fold(randomize_norms(model), sample, **kw)
     return ' '.join(folder.result.covers)
 
-def simple(): return Fn(lambda s,x: s.norm(s.conv(x)), conv=conv(padding=1), norm=nn.BatchNorm2d(4))
+def simple(): return nn.Sequential(conv(padding=1), nn.BatchNorm2d(4))
 
 def test_what_was_covered_is_said():
     text = covers(simple(), image(2,3,64,64))
@@ -212,6 +241,11 @@ def test_what_was_not_covered_is_said():
     class Optional(nn.Sequential):
         def forward(self, x, mask=None): return super().forward(x if mask is None else x*mask)
     assert 'Not covered: the model with `mask`, which no sample has.' in covers(Optional(conv(), nn.BatchNorm2d(4)), image(2,3,64,64))
+    text = covers(Optional(conv(), nn.BatchNorm2d(4)), (image(2,3,64,64),image(2,1,64,64)))
+    assert 'Not covered' not in text and 'with mask=None' in text
+    class Open(nn.Sequential):
+        def forward(self, x, **options): return super().forward(x)
+    assert 'Not covered: the model with other `options`, which no sample has.' in covers(Open(conv(), nn.BatchNorm2d(4)), image(2,3,64,64))
 
 get_away = dict(int=lambda n: int(n)<=300, float=lambda n: float(n)<=300, hash=lambda n: n not in {301,302}, bit_length=lambda n: n.bit_length()<9,
     numpy=lambda n: np.array([n]).max()<=300)

@@ -56,12 +56,12 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.mods,self.steps,self.outs,self.stashes,self.ran = nn.ModuleList(),[],[],[],[]
-        self.gain,self.route = .5,0 # numbers that come with the input
+        self.gain,self.route,self.takes = .5,0,1 # numbers that come with the input; how many inputs there are
     def step(self, vals, f, src):
         res = f(self, *[vals[i] for i in src])
         vals += res if isinstance(res, (list,tuple)) else [res]
-    def forward(self, *xs, gain=.5, route=0):
-        self.gain,self.route,vals = gain,route,list(xs)
+    def forward(self, x, y=None, gain=.5, route=0):
+        self.gain,self.route,vals = gain,route,[x,y][:self.takes]
         for o in self.steps: self.step(vals, *o)
         Net.count = len(vals) # on the class: what a run leaves in the model is put back
         return [vals[i] for i in self.outs]
@@ -92,7 +92,7 @@ class Builder:
         rank,n = self.int(2, 5),self.int(1, 3)
         c,size = self.int(1, 6),self.int(3, {2:3,3:9,4:7,5:4}[rank])
         self.sample = tuple(self.randn(n, c, *[size]*(rank-2)) for _ in range(self.int(1, 2)))
-        self.vals = [o.clone() for o in self.sample]
+        self.vals,self.net.takes = [o.clone() for o in self.sample],len(self.sample)
 
     def randn(self, *shape): return torch.randn(*shape, generator=self.gen, dtype=torch.float64)
     def flag(self, odds=2): return self.int(0, odds-1)==odds-1
@@ -465,6 +465,17 @@ def domain(b, i):
     b.net.mods.append(b.prepared(nn.ModuleList(b.norm(i) or nn.Identity() for _ in range(b.int(2, 3)))))
     k,n = len(b.net.mods)-1,len(b.net.mods[-1])
     b.add(lambda net,x: net.mods[k][net.route%n](x), i)
+@kind(2)
+def condition(b, i):
+    "What a second input adds, which need not be given."
+    if len(b.sample)<2 or not 3<=b.rank(1)<=5: return
+    def fits(v): return v.shape[:1]+v.shape[2:]==b.shape(1)[:1]+b.shape(1)[2:]
+    i = b.like(i, lambda v: v is not b.vals[1] and fits(v))
+    if not fits(b.vals[i]): return
+    b.net.mods.append(b.prepared(CONV[b.rank(i)](b.shape(1)[1], b.shape(i)[1], 1)))
+    k = len(b.net.mods)-1
+    i = b.add(b.pick(lambda net,x,y: x if y is None else net.mods[k](y)+x, lambda net,x,y: x if y is None else x+net.mods[k](y)), i, 1)
+    b.module(BATCH_NORM[b.rank(i)](b.shape(i)[1]), i)
 @kind()
 def attention(b, i):
     if b.rank(i)!=3: return
@@ -558,12 +569,12 @@ def check_parts(model, new, sample, plan):
         assert part not in has_changed(model, kept, sample, 1e-6), f"{part} changed, which was to be kept"
         agree(run(kept, sample), run(model, sample), model, sample)
 
-def inputs(model, sample):
-    "The sample, other values, another batch, other sizes and other arguments, with what the model returns, as far as it takes them and makes as many values of them."
+def inputs(model, sample, fewer=False):
+    "The sample, other values, another batch, other sizes and other arguments, `fewer` ones too, with what the model returns, as far as it takes them and makes as many values of them."
     s = Sample(sample)
     sizes = {k:awkward(n, i) for i,(k,n) in enumerate(s.labels.items())}
     others = [s.map(lambda t: t*3+1), *(s.resized(o) for o in [{'batch':s.labels['batch']+1}, sizes, *({k:n} for k,n in sizes.items())]),
-        *(Sample(sample, o) for o in (dict(gain=2.), dict(route=1), dict(gain=-3., route=2)))]
+        *(Sample(sample, o) for o in (dict(gain=2.), dict(route=1), dict(gain=-3., route=2))), *[Sample(sample[:1])]*fewer]
     count = (run(model, s),Net.count)[1]
     for o in (s,*others):
         try: refs = run(model, o)
@@ -587,6 +598,7 @@ def check(model, sample):
     new.eval()
     agree(run(new, sample), refs, model, sample)
     check_on_nothing(model, sample, refs)
+    tried = list(inputs(model, sample, fewer=True)) # which only a proof tries
     folder = BN_Folder()
     assert folder.fold(model, sample, inplace=True) is model
     folded = [run(model, o) for o,_ in tried]
