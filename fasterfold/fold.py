@@ -359,8 +359,11 @@ class _Unlike(Exception): "The model does something else when it is watched, as 
 def _tests(cover):
     "The inputs to compare outputs on: those of the user, another size if the plan is not from there or the code asked something else of it, and all for which other norms would fold; the cheapest first."
     ts,main = cover.trials,cover.main
-    def needed(i, t): return not asked_alike(t, ts[0]) if t is main else not i or not same_edits(t.plan, main.plan)
-    tests = ts[:cover.given] + [t for i,t in enumerate(ts[cover.given:]) if needed(i, t)]
+    alike = [t for t in ts if t is main or t.traced and same_edits(t.plan, main.plan)]
+    def needed(i, t): return not asked_alike(t, ts[0]) if t is main else not i or t not in alike
+    tests = ts[:cover.given]+[t for i,t in enumerate(ts[cover.given:]) if needed(i, t)]
+    small = min(alike, key=lambda t: t.numbers)
+    for t in tests: t.smaller = small if 4*small.numbers<=t.numbers else None
     return sorted(tests, key=lambda t: t.numbers)
 
 # %% ../nbs/11_fold.ipynb #5a1c0f53
@@ -393,19 +396,28 @@ def _check(self:BN_Folder, target, tests):
         far = [t for t,_,was,_ in held.held if distance([t], [was])>eps]
         if any(id(t) in written for t in far): return Proof(float('inf'), float('inf'), ok=False, on=tests[0])
         if not far: held.restore() # how that rounds is none of the fold's
-    still = Still(target)
+    still,small = Still(target),{}
     for t in tests:
-        refs = t.graph.results
-        try: outs = t.sample.run(target, still)
-        except Exception as e: return Proof(float('inf'), float('inf'), ok=False, on=t, error=f'{type(e).__name__}: {e}')
-        proof = compare_runs(outs, refs, eps)
-        if not proof.ok:
-            proof = self._prove(target, outs, refs, t.sample, eps)
-            if own and not proof.ok: proof.exact = None # what ran in float64 is the fold, and not what `eval()` left of it
-        proof.on = t
-        proofs.append(proof)
+        proofs.append(proof := self._check_on(target, t, eps, still, small))
+        if own and not proof.ok: proof.exact = None # what ran in float64 is the fold, and not what `eval()` left of it
         if not proof.ok: break
     return max(proofs, key=lambda p: (not p.ok, p.exact is not None, p.diff))
+
+# %% ../nbs/11_fold.ipynb #5a1c8112
+@patch
+def _check_on(self:BN_Folder, target, trial, eps, still, small, exact=False):
+    "Compare the folded `target` with what the original returned in `trial`, in float64 only if it must be or `exact`. `small`: proofs of smaller inputs that were needed."
+    refs = trial.graph.results
+    try: outs = trial.sample.run(target, still)
+    except Exception as e: return Proof(float('inf'), float('inf'), ok=False, on=trial, error=f'{type(e).__name__}: {e}')
+    proof = compare_runs(outs, refs, eps)
+    if not proof.ok and trial.smaller and eps<1e-5:
+        if (t := trial.smaller) not in small: small[t] = self._check_on(target, t, eps, still, small, True)
+        if not small[t].ok: return small[t]
+        proof = compare_runs(outs, refs, eps, small[t])
+    if exact or not proof.ok: proof = self._prove(target, outs, refs, trial.sample, eps)
+    proof.on = trial
+    return proof
 
 # %% ../nbs/11_fold.ipynb #5a1c7e02
 @contextmanager
@@ -422,20 +434,25 @@ def _nudged(snap):
     g = torch.Generator().manual_seed(0)
     return [(p, wide(old)*(1+nudge*torch.randn(old.shape, generator=g, dtype=torch.float64)), []) for p,old,_ in snap.edits]
 
+# %% ../nbs/11_fold.ipynb #5a1c7e04
+def _ran(f, *args, **kwargs):
+    "What `f` returns, None if the model refuses."
+    try: return f(*args, **kwargs)
+    except Exception: return None
+
 @patch
 def _prove(self:BN_Folder, target, outs, refs, sample, eps):
     "`prove` for a `target` that is folded and stays so."
     snap = self._undo[-1]
-    try:
-        folded = run_as(target, sample, snap.edits)
-        with _unfolded(target, snap):
-            single = run_as(target, sample, dtype=torch.float32) if eps<1e-10 else None
-            draws = (_drawn(target, snap, sample, eps, i) for i in range(32))
-            def nudged(): return run_as(target, sample.to(torch.float64).jittered(nudge, 0), _nudged(snap))
-            return prove(outs, refs, sample.run(target), folded, run_as(target, sample), eps, single, draws, nudged)
-    except Exception: # it does not run in float64
-        d = distance(outs, refs)
-        return Proof(d, largest(outs, refs), ok=eps<1e-5 and d<=1e3*eps)
+    folded = _ran(run_as, target, sample, snap.edits)
+    with _unfolded(target, snap):
+        exact,single = _ran(run_as, target, sample),_ran(run_as, target, sample, dtype=torch.float32) if eps<1e-10 else None
+        if folded is None or exact is None or (eps<1e-10 and single is None): # it does not run in float64, or not in float32
+            d = distance(outs, refs)
+            return Proof(d, largest(outs, refs), ok=eps<1e-5 and d<=1e3*eps)
+        draws = filter(None, (_ran(_drawn, target, snap, sample, eps, i) for i in range(32)))
+        def nudged(): return _ran(run_as, target, sample.to(torch.float64).jittered(nudge, 0), _nudged(snap)) or []
+        return prove(outs, refs, sample.run(target), folded, exact, eps, single, draws, nudged)
 
 # %% ../nbs/11_fold.ipynb #990eb503
 def _at_fault(

@@ -28,6 +28,7 @@ class Proof:
     ok:bool = True # Is the fold right?
     on:object = None # The input for which it was furthest off
     error:str = None # What the folded model raised instead of running
+    roundings:tuple = () # Distance of each output of the original to its own float64 run
 
     def __getstate__(self): return vars(self) | dict(on=self.on and str(self.on)) # a copy or a pickle has it in words
 
@@ -135,21 +136,27 @@ def largest(outs, refs):
 
 def eps_of(model): return max([torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()], default=torch.finfo(torch.float32).eps)
 
+# %% ../nbs/09_proof.ipynb #5a1c8103
+def _each(outs, refs):
+    if len(outs)!=len(refs): return [float('inf')]*max(len(refs), 1)
+    return [distance([a], [b]) for a,b in zip(outs, refs)] or [0.]
+
 def compare_runs(
     outs:list, # What the folded model returned
     refs:list, # What the original returned
     eps:float, # Machine epsilon of the model's dtype
-)->Proof: # `ok` only where the difference is plainly rounding
+    small:Proof=None, # Of the same fold, in float64, on a smaller input
+)->Proof: # `ok` only where the difference is plainly rounding; what float64 told is what it told on the smaller input
     "The cheap check: both runs in the model's own dtype."
-    d = distance(outs, refs)
-    return Proof(d, largest(outs, refs), ok=eps<1e-5 and d<=max(1e-10, min(100*eps, 1e-5)))
+    ds,least = _each(outs, refs),max(1e-10, min(100*eps, 1e-5))
+    known = small.roundings if small and len(small.roundings)==len(ds) else [0.]*len(ds)
+    tols = [max(least, min(10*r, 1e-4)) if r<float('inf') else least for r in known]
+    res = Proof(max(ds), largest(outs, refs), ok=eps<1e-5 and all(d<=t for d,t in zip(ds, tols)))
+    if small: res.own,res.folded,res.exact = small.own,small.folded,small.exact
+    return res
 
 # %% ../nbs/09_proof.ipynb #1d7e79f4
 nudge = 1e-12 # far above float64's rounding, far below float32's
-
-def _each(outs, refs):
-    if len(outs)!=len(refs): return [float('inf')]*max(len(refs), 1)
-    return [distance([a], [b]) for a,b in zip(outs, refs)] or [0.]
 
 def _saturated(refs, exact, ts):
     "`ts` in float64: what is beyond the dtype of `refs` as its largest number, and the exact one where `refs` are none."
@@ -181,4 +188,4 @@ def prove(
     draws = iter(draws) if all(s<=t for s,t in zip(struct, tols)) else iter(())
     while not all(oks := right()) and (o := next(draws, None)) is not None: own = [*map(max, own, _each(seen(o), seen(exact)))]
     i = max(range(len(oks)), key=lambda i: (not oks[i], near[i])) # the one that tells most
-    return Proof(distance(outs, refs), largest(outs, refs), own[i], near[i], struct[i], all(oks) and distance(again, refs)<=10*eps)
+    return Proof(distance(outs, refs), largest(outs, refs), own[i], near[i], struct[i], all(oks) and distance(again, refs)<=10*eps, roundings=tuple(own))

@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 import fasterfold.cover as cover_module, fasterfold.edit as edit_module, fasterfold.fold as fold_module
 import fasterfold.proof as proof_module, fasterfold.sample as sample_module
+from fasterfold.affine import Affine
 from fasterfold.proof import run_as
 from fasterfold.state import FoldError
 from helpers import *
@@ -339,6 +340,53 @@ def test_model_that_insists_on_a_dtype_is_proved_in_float64():
     x,folder = sample().bfloat16(),BN_Folder()
     folder.fold(net, x)
     assert len(folder.result.folded)==2 and folder.result.proof.exact<1e-13<1e-5<folder.result.proof.own
+
+class Widths(TorchDispatchMode):
+    "Notes how wide the inputs of convolutions in float64 are."
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if 'convolution' in func._schema.name and args[0].dtype is torch.float64: self.seen.add(args[0].shape[-1])
+        return func(*args, **(kwargs or {}))
+
+def magnifying(by=100):
+    "The norm takes away what the convolution adds, and some digits with it."
+    net = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3)))
+    with torch.no_grad():
+        net[0].bias += by
+        net[1].running_mean += by
+    return net
+
+@pytest.mark.parametrize('samples', (1,2))
+def test_float64_runs_on_a_smaller_input(samples):
+    "Rounding takes the folded model further from the original than plainly is rounding; how far it may, a smaller input shows."
+    net,xs = magnifying(),[torch.randn(1, 3, 200, 150+i) for i in range(samples)]
+    with Widths() as w: new = (folder := BN_Folder()).fold(net, samples=xs)
+    proof = folder.result.proof
+    assert isinstance(new[1], nn.Identity) and proof.diff>1e-5 and proof.exact<1e-12 and proof.own>1e-6, proof
+    assert max(w.seen)<80, w.seen
+    for x in xs: check_fold(net, new, x)
+
+def test_float64_runs_where_nothing_is_smaller():
+    class OneSize(nn.Sequential):
+        def forward(self, x): return super().forward(x.view(1, 3, 40, 200))
+    net,x = OneSize(*magnifying()),torch.randn(1, 3, 40, 200)
+    with Widths() as w: new = (folder := BN_Folder()).fold(net, x)
+    assert isinstance(new[1], nn.Identity) and folder.result.proof.diff>1e-5 and max(w.seen)>=200
+    check_fold(net, new, x)
+
+@pytest.mark.parametrize('by', (1e-9,3e-5))
+def test_rule_that_is_off_by_less_than_rounding(by, monkeypatch):
+    "Hidden below what rounding does in float32; the float64 run on the smaller input tells."
+    right = fold_module.apply_plan
+    def off(target, graph, plan):
+        plan.edits = {v:[Affine(m.scale*(1+by), m.shift) for m in maps] for v,maps in plan.edits.items()}
+        return right(target, graph, plan)
+    monkeypatch.setattr(fold_module, 'apply_plan', off)
+    net = magnifying()
+    new = (folder := BN_Folder()).fold(net, torch.randn(1, 3, 200, 150))
+    assert isinstance(new[1], nn.BatchNorm2d) and 'the folded model did not compute the same' in folder.result.kept[0].reason, folder.result
 
 def test_float64_run_holds_one_weight_at_a_time():
     live = []
