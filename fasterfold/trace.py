@@ -122,7 +122,7 @@ class Graph:
     hidden:list = field(default_factory=list) # Kinds of returned objects that hold others which cannot be seen
     modules:dict = field(default_factory=dict) # Module to its qualified names
     watch:Watch = None # What the model's code asked; None if it could not be watched
-    idle:dict = field(default_factory=dict) # Name of each layer with weights of its own that took no part to the module, by name, that would run it
+    idle:dict = field(default_factory=dict) # Name of each norm, and each layer with weights of its own, that took no part to the module, by name, that would run it
     parted:bool = False # Ran an operation in parts that the model runs as a whole?
     methods:dict = field(default_factory=dict) # Name of each method of the model that it called to the values that this returned
     asked:dict = field(default_factory=dict) # Module to the names of its own weights that other code asks for, and where that code is
@@ -524,6 +524,8 @@ def outliving(self:Tracer):
     return [v for v in living if v.kind=='op' and not v.const and not v.is_output]
 
 # %% ../nbs/04_trace.ipynb #e4828a09
+_norms = nn.modules.batchnorm._NormBase,nn.GroupNorm,nn.LayerNorm
+
 def _around(name, ran):
     "The name of the nearest module around `name` that is in `ran`."
     while name:
@@ -547,6 +549,7 @@ def _idle(model, sample, graph):
     ran = {n for c in graph.calls for n in graph.modules.get(c.module, ())}
     used = {n.rpartition('.')[0] for v in graph.leaves if v.users for n in v.names}
     own = {v.names[0].rpartition('.')[0] for v in graph.leaves}
+    own |= {n for m,names in graph.modules.items() if isinstance(m, _norms) for n in names} # those without weights, too
     idle = {n:_around(n, ran) for n in sorted(own-ran-used)}
     idle = {n:a for n,a in idle.items() if a is not None}
     if not idle: return {}
