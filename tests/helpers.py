@@ -164,5 +164,5 @@ def has_changed(model, folded, x, far=1e-9):
     "Names of the modules that return other values once folded, both in float64. Beside zeros, what counts is the size of what else the model computes."
     a,b = heard(model, x),heard(folded, x)
     most = max((t.double().norm().item() for ts in a.values() for t in ts), default=0)
-    def rounds(n): return len(a[n])==len(b[n]) and all(o.shape==t.shape and not t.any() and o.norm()<1e-14*most for o,t in zip(b[n], a[n]))
+    def rounds(n): return len(a[n])==len(b[n]) and all(o.shape==t.shape and max(o.norm(), t.norm())<1e-14*most for o,t in zip(b[n], a[n]))
     return {n for n in a if n in b and distance(b[n], a[n])>far and not rounds(n)}
