@@ -359,11 +359,11 @@ class _Unlike(Exception): "The model does something else when it is watched, as 
 def _tests(cover):
     "The inputs to compare outputs on: those of the user, another size if the plan is not from there or the code asked something else of it, and all for which other norms would fold; the cheapest first."
     ts,main = cover.trials,cover.main
-    alike = [t for t in ts if t is main or t.traced and same_edits(t.plan, main.plan)]
+    alike = [t for t in ts if t is main or (same_edits(t.plan, main.plan) if t.traced else asked_alike(t, main))]
     def needed(i, t): return not asked_alike(t, ts[0]) if t is main else not i or t not in alike
     tests = ts[:cover.given]+[t for i,t in enumerate(ts[cover.given:]) if needed(i, t)]
     small = min(alike, key=lambda t: t.numbers)
-    for t in tests: t.smaller = small if 4*small.numbers<=t.numbers else None
+    for t in tests: t.smaller = small if t in alike and 4*small.numbers<=t.numbers else None
     return sorted(tests, key=lambda t: t.numbers)
 
 # %% ../nbs/11_fold.ipynb #5a1c0f53

@@ -1,6 +1,6 @@
 "Whatever goes wrong, the model is as it was; and what is folded keeps its dtype, device, memory format and wrappers."
 import copy, gc, io, random, sys
-import numpy as np, pytest, torch
+import numpy as np, pytest, torch, torch.nn.functional as F
 import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -372,6 +372,15 @@ def test_float64_runs_where_nothing_is_smaller():
     class OneSize(nn.Sequential):
         def forward(self, x): return super().forward(x.view(1, 3, 40, 200))
     net,x = OneSize(*magnifying()),torch.randn(1, 3, 40, 200)
+    with Widths() as w: new = (folder := BN_Folder()).fold(net, x)
+    assert isinstance(new[1], nn.Identity) and folder.result.proof.diff>1e-5 and max(w.seen)>=200
+    check_fold(net, new, x)
+
+def test_float64_runs_for_another_way():
+    "A large input goes through other layers than the smaller one, which says nothing of it then."
+    class Other(nn.Sequential):
+        def forward(self, x): return super().forward(F.pad(x, (0,1)) if x.shape[3]>100 else x)
+    net,x = Other(*magnifying()),torch.randn(1, 3, 40, 200)
     with Widths() as w: new = (folder := BN_Folder()).fold(net, x)
     assert isinstance(new[1], nn.Identity) and folder.result.proof.diff>1e-5 and max(w.seen)>=200
     check_fold(net, new, x)
