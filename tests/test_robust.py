@@ -380,7 +380,7 @@ def test_float64_runs_for_another_way():
     "A large input goes through other layers than the smaller one, which says nothing of it then."
     class Other(nn.Sequential):
         def forward(self, x): return super().forward(F.pad(x, (0,1)) if x.shape[3]>100 else x)
-    net,x = Other(*magnifying()),torch.randn(1, 3, 40, 200)
+    net,x = Other(*magnifying()),torch.randn(1, 3, 200, 200)
     with Widths() as w: new = (folder := BN_Folder()).fold(net, x)
     assert isinstance(new[1], nn.Identity) and folder.result.proof.diff>1e-5 and max(w.seen)>=200
     check_fold(net, new, x)
