@@ -324,12 +324,13 @@ class Cover:
     def questions(self, kind): return list({(q.where,q.text):q for t in self.trials for q in t.questions(kind)}.values())
 
 # %% ../nbs/07_cover.ipynb #9bb5b149
+def _bound(model, sample): return inspect.signature(model.forward).bind_partial(*sample.args, **sample.kwargs)
+
 def _arguments(model, sample):
     "The parameters of the model's `forward`, and what `sample` gives for them."
-    try:
-        sig = inspect.signature(model.forward)
-        return sig.parameters,sig.bind_partial(*sample.args, **sample.kwargs).arguments
+    try: bound = _bound(model, sample)
     except (TypeError,ValueError): return {},{}
+    return bound.signature.parameters,bound.arguments
 
 def not_given(
     model:nn.Module, # Any model
@@ -338,9 +339,6 @@ def not_given(
     "Arguments of the model that `sample` leaves at their defaults."
     params,given = _arguments(model, sample)
     return {n:p.default for n,p in params.items() if n not in given and p.default is not p.empty}
-
-def _with_defaults(model, sample):
-    return [(f'{n}={o!r}', Sample(sample.args, sample.kwargs|{n:o}, sample.parts)) for n,v in not_given(model, sample).items() for o in neighbours(v)]
 
 # %% ../nbs/07_cover.ipynb #5a1cd022
 def open_ended(
@@ -354,20 +352,21 @@ def otherwise_given(
     model:nn.Module, # Any model
     sample:Sample, # What it is called with
 )->list: # Pairs (what, `Sample`)
-    "Samples without one of the arguments, or with fewer or more entries in one."
+    "Samples with one more of the arguments or without one, or with fewer or more entries in one."
     params,given = _arguments(model, sample)
     several = sum(bool(tensors_of(v)) for v in given.values())>1
     def other(n, v):
         p = params[n]
         if p.kind not in (p.VAR_POSITIONAL,p.VAR_KEYWORD):
-            if p.default is not p.empty and p.default is not v: yield f'{n}={p.default!r}',p.default
-            elif several and p.default is p.empty and tensors_of(v): yield f'{n}=None',None
+            if p.default is p.empty: yield from [(f'{n}=None',None)]*bool(several and tensors_of(v))
+            elif tensors_of(v) or v!=p.default: yield f'{n}={p.default!r}',p.default
         yield from fewer_or_more(v)
     def put(n, v):
-        bound = inspect.signature(model.forward).bind_partial(*sample.args, **sample.kwargs)
+        bound = _bound(model, sample)
         bound.arguments[n] = v
         return Sample(bound.args, bound.kwargs, sample.parts)
-    return [(what,put(n, o)) for n,v in given.items() for what,o in other(n, v)]
+    more = [(f'{n}={o!r}',put(n, o)) for n,v in not_given(model, sample).items() for o in neighbours(v)]
+    return more+[(what,put(n, o)) for n,v in given.items() for what,o in other(n, v)]
 
 # %% ../nbs/07_cover.ipynb #5a1cc031
 def unvaried(
@@ -407,8 +406,7 @@ def widen(
     small = another(cover.trials[0].sample, cover.attempt)
     cover.add(small)
     base = small or cover.trials[0]
-    others = [*base.sample.varied(),*_with_defaults(cover.model, base.sample),*otherwise_given(cover.model, base.sample)]
-    for what,s in others: cover.add(cover.attempt(base.sizes, s, what))
+    for what,s in [*base.sample.varied(),*otherwise_given(cover.model, base.sample)]: cover.add(cover.attempt(base.sizes, s, what))
     if 'batch' in cover.labels and any(q.text=='len' for q in cover.questions('lost')):
         for n in (2,5,9,17): cover.add(cover.attempt(base.sizes|{'batch':n}))
     _turn(cover)

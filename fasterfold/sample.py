@@ -361,10 +361,7 @@ def fewer_or_more(
     "`o` without its first and its last entry or without each key, a list with its last entry twice, and the same of lists and dicts inside."
     keys = [*o] if isinstance(o, dict) else range(len(o)) if type(o) in (list,tuple) else ()
     if not keys or not tensors_of(o): return []
-    def put(k, v):
-        res = copy.copy(o) if isinstance(o, dict) else [*o]
-        res[k] = v
-        return res if isinstance(o, dict) else type(o)(res)
+    def put(k, v): return {**o, k:v} if isinstance(o, dict) else o[:k]+type(o)([v])+o[k+1:]
     def without(k): return (f'no {k!r}', {j:v for j,v in o.items() if j!=k})
     n,inner = len(o),[(what,put(k, v)) for k in keys for what,v in fewer_or_more(o[k])]
     if isinstance(o, dict): return [*map(without, keys if n>1 else ()),*inner]

@@ -86,7 +86,7 @@ class Conditioned(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv,self.emb,self.norm = conv(padding=1),conv(padding=1),nn.BatchNorm2d(4)
-    def forward(self, x, cond=None, flip=False, by=None):
+    def forward(self, x, cond=None):
         h = self.conv(x)
         return self.norm(h if cond is None else self.emb(cond)+h).relu()
 
