@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['at_most', 'Trial', 'same_edits', 'difference', 'on_inputs', 'contradicted', 'another', 'asked_by_place',
-           'open_questions', 'asked_alike', 'foreseen', 'turning', 'halves', 'turning_numbers', 'Cover', 'not_given',
-           'open_ended', 'otherwise_given', 'unvaried', 'widen', 'describe']
+           'open_questions', 'fixed', 'asked_alike', 'foreseen', 'turning', 'halves', 'turning_numbers', 'Cover',
+           'not_given', 'open_ended', 'otherwise_given', 'unvaried', 'unasked', 'opaque', 'widen', 'describe']
 
 # %% ../nbs/07_cover.ipynb #f3678802
 import inspect, torch
 from dataclasses import dataclass, field
+from functools import partial
 from fastcore.basics import groupby
 from torch import nn, Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_flatten_with_path
 from .plan import FoldPlan, plan_folds
 from .sample import Sample, awkward, fewer_or_more, neighbours, tensors_of
 from .state import Still
@@ -36,6 +37,12 @@ class Trial:
     def numbers(self): return sum(t.numel() for t in self.sample.tensors)
     @property
     def traced(self): return bool(self.graph.modules) # a glance knows none
+    @property
+    def relaid(self):
+        "Would the fold return what a norm makes in another order in memory, as code that asks for a `view` of it would notice?"
+        gone = [o for c in self.graph.calls if c.module in self.plan.removed for o in c.ops] if self.traced else []
+        return any(o.outs[0].steps!=o.inputs[0].steps for o in gone if 'batch_norm' in o.name)
+
     @property
     def way(self):
         "Operations and where they ran."
@@ -123,19 +130,21 @@ def another(
     "A trial with as many other extents as the model takes."
     labels = sample.labels
     rest = {k:(i,n) for i,(k,n) in enumerate((k,n) for k,n in labels.items() if k!='batch')}
-    batch = {'batch': 1 if labels['batch']>1 else 2} if 'batch' in labels else {}
-    def awkwards(least): return {k:awkward(n, i, least) for k,(i,n) in rest.items()}
-    tried = list(dict.fromkeys(tuple((batch|awkwards(least)).items()) for least in (32,64)))
+    b = labels.get('batch', 0)
+    batches = [{'batch':n} for n in dict.fromkeys((1 if b>1 else 2, b//2, 2*b)) if n and n!=b] if b else []
+    batch = batches[0] if b else {}
+    def awkwards(least, apart=1): return {k:awkward(n, i*apart, least) for k,(i,n) in rest.items()}
+    tried = list(dict.fromkeys(tuple((batch|o).items()) for o in (awkwards(32),awkwards(64),awkwards(32, 0)))) # also square images
     for sizes in filter(None, tried):
         if (res := attempt(dict(sizes))) is not None: return res
-    alone = attempt(batch) if batch else None
-    if alone is None: batch = {}
-    free = {}
-    for k,(i,n) in rest.items():
-        sizes = dict.fromkeys([awkward(n, i, 64), awkward(n, i, None) if n>64 else awkward(n, i+1)])
-        free |= next(({k:m} for m in sizes if attempt(batch|{k:m}) is not None), {})
-    for sizes in (free, _images(sample)):
-        if sizes and (res := attempt(batch|sizes)) is not None: return res
+    batch,alone = next(((o, t) for o in batches if (t := attempt(o)) is not None), ({},None))
+    def each(extents):
+        "Of each label the first extent that the model takes with all else as it is."
+        return {k:m for k,(i,n) in rest.items() for m in [next((m for m in dict.fromkeys(extents(i, n)) if attempt(batch|{k:m}) is not None), None)] if m}
+    def awkward_alone(i, n): return awkward(n, i, 64), awkward(n, i, None) if n>64 else awkward(n, i+1)
+    def multiple(i, n): return (n//2,2*n) if n%2==0 else (2*n,)
+    for sizes in (partial(each, awkward_alone), partial(_images, sample), partial(each, multiple)):
+        if (found := sizes()) and (res := attempt(batch|found)) is not None: return res
     return alone
 
 # %% ../nbs/07_cover.ipynb #303c922c
@@ -161,11 +170,11 @@ def _is_both(asked): return len({q.answer for _,q in asked})>1
 
 def _by_text(comparisons, trials):
     "Those that came out both ways, and of the rest one for each text: a number that is one of several, as the larger side of an image is, has each its own."
-    both = [a for a in comparisons if _is_both(a)]
-    done,rest = {q.text for a in both for _,q in a},{}
+    both,rest = [a for a in comparisons if _is_both(a)],{}
     for asked in comparisons:
+        if _is_both(asked): continue
         for text,same in groupby(asked, lambda o: o[1].text).items():
-            if text not in done and _extents(same, trials): rest.setdefault(text, same)
+            if _extents(same, trials): rest.setdefault((text,*[q.numbers for _,q in same]), same) # at each level of a network it is another size
     return both+[*rest.values()]
 
 def asked_by_place(
@@ -183,6 +192,15 @@ def open_questions(
 )->dict: # (place in the code, text) to pairs (trial, question)
     "Comparisons that depend on the input and came out the same way in all `trials`."
     return {(where,a[0][1].text):a for where,comparisons in asked_by_place(trials).items() for a in comparisons if not _is_both(a)}
+
+# %% ../nbs/07_cover.ipynb #52fca985
+def fixed(
+    cover, # A `Cover`
+)->list: # Questions
+    "Comparisons of extents that no input of another size changes, where the model refused all others along a dimension that may vary."
+    if all(any(t.sizes.get(k, n)!=n for t in cover.trials) for k,n in cover.labels.items()): return []
+    asked = [a for a in _by_place(cover.trials).values() if not _extents(a, cover.trials)]
+    return [a[0][1] for a in asked if a[0][1].text.startswith('(') or not {'==','!='} & {*a[0][1].text.split()}]
 
 # %% ../nbs/07_cover.ipynb #5a1c7c02
 def asked_alike(
@@ -230,7 +248,7 @@ def _turned(question, base, label, m, most, lines):
     "Sizes with another extent than `m` of `label`, for which the question would be answered otherwise: the nearest, and one that goes half as far again."
     def size(c): return lambda key,n: lines[key](c) if lines.get(key) else base.graph.watch.sizes.get(key, n)
     def turns(c):
-        try: return bool(question.again(size(c)))!=bool(question.answer)
+        try: return question.again(size(c))!=question.answer
         except (ArithmeticError,ValueError): return False
     extents = range(1, min(4*m+at_most, most*m//max(base.numbers, 1)))
     if (c := next(filter(turns, sorted(extents, key=lambda c: abs(c-m))), None)) is None: return []
@@ -272,7 +290,7 @@ def turning_numbers(
     (base,question),given = _smallest(asked),{}
     question.again(lambda key,n: given.setdefault(key, n))
     def turns(i, c):
-        try: return bool(question.again(lambda key,n: c if key==i else n))!=bool(question.answer)
+        try: return question.again(lambda key,n: c if key==i else n)!=question.answer
         except (ArithmeticError,ValueError): return False
     def found(i, v): return next((c for c in sorted(_near(v, question.numbers), key=lambda c: abs(c-v)) if turns(i, c)), None)
     return [base.sample.put(i, c) for i,v in given.items() if isinstance(i, int) and (c := found(i, v)) is not None]
@@ -322,6 +340,10 @@ class Cover:
         "The first input that was traced."
         return next((t for t in self.trials if t.traced), self.trials[0])
     def questions(self, kind): return list({(q.where,q.text):q for t in self.trials for q in t.questions(kind)}.values())
+    @property
+    def changed(self):
+        "Names of what the model holds otherwise after a call."
+        return [*dict.fromkeys(n for t in self.trials for n in t.graph.changed)]
 
 # %% ../nbs/07_cover.ipynb #9bb5b149
 def _bound(model, sample): return inspect.signature(model.forward).bind_partial(*sample.args, **sample.kwargs)
@@ -343,9 +365,11 @@ def not_given(
 # %% ../nbs/07_cover.ipynb #5a1cd022
 def open_ended(
     model:nn.Module, # Any model
+    sample:Sample, # What it is called with
 )->list: # Names
-    "What takes keyword arguments of any name in the model's `forward`."
-    return [n for n,p in _arguments(model, Sample())[0].items() if p.kind is p.VAR_KEYWORD]
+    "What takes keyword arguments of any name in the model's `forward`, or is a dict in `sample`."
+    params,given = _arguments(model, sample)
+    return [n for n,p in params.items() if p.kind is p.VAR_KEYWORD or isinstance(given.get(n), dict)]
 
 # %% ../nbs/07_cover.ipynb #5a1cd012
 def otherwise_given(
@@ -361,12 +385,15 @@ def otherwise_given(
             if p.default is p.empty: yield from [(f'{n}=None',None)]*bool(several and tensors_of(v))
             elif tensors_of(v) or v!=p.default: yield f'{n}={p.default!r}',p.default
         yield from fewer_or_more(v)
-    def put(n, v):
+    def put(changed):
         bound = _bound(model, sample)
-        bound.arguments[n] = v
+        bound.arguments.update(changed)
         return Sample(bound.args, bound.kwargs, sample.parts)
-    more = [(f'{n}={o!r}',put(n, o)) for n,v in not_given(model, sample).items() for o in neighbours(v)]
-    return more+[(what,put(n, o)) for n,v in given.items() for what,o in other(n, v)]
+    def together(changed): return [(', '.join(f'{n}={v!r}' for n,v in changed.items()), put(changed))]*(len(changed)>1)
+    free = not_given(model, sample)
+    res = [(f'{n}={o!r}',put({n:o})) for n,v in free.items() for o in neighbours(v)]+[(what,put({n:o})) for n,v in given.items() for what,o in other(n, v)]
+    least = {n:params[n].default for n,v in given.items() if params[n].default is not params[n].empty and (tensors_of(v) or v!=params[n].default)}
+    return res+together({n:neighbours(v)[0] for n,v in free.items() if neighbours(v)})+together(least)
 
 # %% ../nbs/07_cover.ipynb #5a1cc031
 def unvaried(
@@ -377,6 +404,27 @@ def unvaried(
     first,*more = [_arguments(model, s)[1] for s in samples]
     def odd(v): return any(not isinstance(o, (Tensor,int,float)) and not tensors_of(o) for o in tree_flatten(v)[0])
     return [n for n,v in first.items() if odd(v) and all(repr(o.get(n))==repr(v) for o in more)]
+
+# %% ../nbs/07_cover.ipynb #19f3ea9b
+def _by_leaf(model, sample):
+    "The parameter of the model's `forward` for each leaf of the arguments, or which argument it is."
+    params = [n for n,p in _arguments(model, Sample())[0].items() if p.kind is not p.VAR_POSITIONAL]
+    def name(kind, at, *_): return at.key if kind.idx else params[at.idx] if at.idx<len(params) else f'argument {at.idx+1}'
+    return [name(*path) for path,_ in tree_flatten_with_path((sample.args,sample.kwargs))[0]]
+
+def unasked(
+    cover:Cover, # Of some inputs
+)->list: # Names
+    "Integers among the arguments that are compared with nothing: they may count, or choose one of several."
+    s,texts = cover.trials[0].sample,[q.text for q in cover.questions('size')]
+    found = [(k, f'number {i}') for i,(k,v) in enumerate(zip(_by_leaf(cover.model, s), tree_flatten((s.args,s.kwargs))[0])) if type(v) is int]
+    return list(dict.fromkeys(k for k,n in found if not any(n in t for t in texts)))
+
+def opaque(
+    sample:Sample, # What a model is called with
+)->list: # Names of classes
+    "What holds tensors or arrays and is tried as it is, since nobody knows what else it may hold."
+    return sorted({type(o).__name__ for o in tree_flatten((sample.args,sample.kwargs))[0] if not isinstance(o, Tensor) and tensors_of(o)})
 
 # %% ../nbs/07_cover.ipynb #c6e3d6ee
 def _turn(cover):
@@ -398,6 +446,17 @@ def _turn(cover):
             cover.add(cover.attempt(*o))
             if key not in open_questions(cover.trials): break
 
+# %% ../nbs/07_cover.ipynb #69d22ded
+def _further(cover, base):
+    "Try other extents of what counts as channels, unless convolutions say how many there are; and one input alone of several that have the same extents."
+    s = cover.trials[0].sample
+    if not base.traced or any(o.name!='convolution' for v in base.graph.inputs if len(v.shape)>3 for o in v.users):
+        for k,n in s.channels.items():
+            if (t := cover.attempt(base.sizes|{k:awkward(n)})) is not None:
+                cover.labels = cover.labels|{k:n}
+                cover.add(t)
+    for what,o in base.sample.shared: cover.add(cover.attempt(base.sizes, o, what))
+
 # %% ../nbs/07_cover.ipynb #69d22dea
 def widen(
     cover:Cover, # Changed: it gets trials
@@ -406,9 +465,11 @@ def widen(
     small = another(cover.trials[0].sample, cover.attempt)
     cover.add(small)
     base = small or cover.trials[0]
+    _further(cover, base)
     for what,s in [*base.sample.varied(),*otherwise_given(cover.model, base.sample)]: cover.add(cover.attempt(base.sizes, s, what))
     if 'batch' in cover.labels and any(q.text=='len' for q in cover.questions('lost')):
         for n in (2,5,9,17): cover.add(cover.attempt(base.sizes|{'batch':n}))
+    if cover.changed: cover.add(next(filter(None, (cover.attempt(t.sizes, t.sample.twice, 'a call before it') for t in (base,cover.trials[0]))), None))
     _turn(cover)
     if cover.questions('data'):
         drawn = [cover.attempt(base.sizes, s, 'other numbers') for s in base.sample.drawn()]
@@ -444,14 +505,19 @@ def describe(
     turned = [a[0][0][1] for a in asked.values() if all(map(_is_both, a))]
     if turned: res.append(f"The model asks for sizes at {_places(len(turned))} ({_at(turned)}): both answers were run.")
     if same: res.append(f"Reckoned from their sizes, no size up to {at_most} turns {_at(same)}.")
+    left += fixed(cover)
     if left: res.append(f"Not covered: {_at(left)}, which went one way only.")
-    data = cover.questions('data')
+    data,kinds = cover.questions('data'),opaque(cover.main.sample)
     if data: res.append(f"The code reads data ({_at(data)}): with {cover.draws} further inputs it took {len({tuple(t.way) for t in cover.trials if t.traced})} ways.")
-    else: res.append("It reads no data.")
+    elif not kinds: res.append("It reads no data.")
+    if kinds: res.append(f"Not covered: other sizes and numbers in {_listed([f'`{k}`' for k in kinds])}, which is tried as it is.")
     lost = cover.questions('lost')
     if lost: res.append(f"Not followed: sizes that become plain numbers ({_at(lost)}).")
-    missing = [f'`{n}`' for n,v in not_given(cover.model, cover.main.sample).items() if not neighbours(v)] + [f'other `{n}`' for n in open_ended(cover.model)]
+    if names := cover.changed:
+        what = f"the model keeps {_listed([f'`{n}`' for n in names])} from one call to the next"
+        res.append(f"{what[0].upper()}{what[1:]}: two calls in a row were run." if any(t.sample.calls>1 for t in cover.trials) else f"Not covered: a second call, since {what}.")
+    missing = [f'`{n}`' for n,v in not_given(cover.model, cover.main.sample).items() if not neighbours(v)] + [f'other `{n}`' for n in open_ended(cover.model, cover.main.sample)]
     if missing: res.append(f"Not covered: the model with {_listed(missing)}, which no sample has.")
-    unlike = [f'`{n}`' for n in unvaried(cover.model, [t.sample for t in cover.trials[:cover.given]])]
+    unlike = [f'`{n}`' for n in (*unvaried(cover.model, [t.sample for t in cover.trials[:cover.given]]),*unasked(cover))]
     if unlike: res.append(f"Not covered: other values of {_listed(unlike)}, which no sample has.")
     return res

@@ -105,6 +105,8 @@ def _other(call):
     if call.out is not None and call.out.kind=='outside': return f"it returns a `{type(call.out.tensor).__name__}`, which nobody saw being made"
     return f"`{type(call.module).__name__}.forward` does more than scale and shift each channel of its input"
 
+def _short(dtype): return str(dtype).removeprefix('torch.')
+
 def _read_norm(call, n, ctx):
     "The norm that `call` is, or None; and for a call that runs `n` batch normalizations or would if it were given any numbers, why it is none."
     c = norm_call(call)
@@ -116,6 +118,7 @@ def _read_norm(call, n, ctx):
     except Blocked as e: return None, (scripted or str(e)) if n else None
     if c is not None and c.map is not None and (n or c.map.scales):
         if scripted: return None,scripted
+        if c.x.dtype!=c.y.dtype: return None,f"it returns {_short(c.y.dtype)} for {_short(c.x.dtype)}"
         if call.plain and not (call.keys and c.stay): return c,None
         what = f"`{call.keys[0]}=`" if call.given==1 else "more than its input"
         return None,f"it is called with {what}, which {'what stays of it need' if call.plain else 'an `nn.Identity` does'} not take"

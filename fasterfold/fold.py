@@ -360,7 +360,7 @@ def _tests(cover):
     "The inputs to compare outputs on: those of the user, another size if the plan is not from there or the code asked something else of it, and all for which other norms would fold; the cheapest first."
     ts,main = cover.trials,cover.main
     alike = [t for t in ts if t is main or (same_edits(t.plan, main.plan) if t.traced else asked_alike(t, main))]
-    def needed(i, t): return ts[0] not in alike if t is main else not i or t not in alike
+    def needed(i, t): return t.sample.calls>1 or t.relaid or (ts[0] not in alike if t is main else not i or t not in alike)
     tests = ts[:cover.given]+[t for i,t in enumerate(ts[cover.given:]) if needed(i, t)]
     small = min(alike, key=lambda t: t.numbers)
     for t in tests: t.smaller = small if t in alike and 4*small.numbers<=t.numbers else None

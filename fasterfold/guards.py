@@ -9,8 +9,10 @@ __all__ = ['Question', 'Extent', 'Ratio', 'remember', 'Watch']
 import math, numpy as np, operator, os, sys, torch, weakref
 from dataclasses import dataclass
 from itertools import count
+from fastcore.basics import patch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from .state import is_dense
 
@@ -31,7 +33,7 @@ _libraries = tuple(os.path.dirname(m.__file__) for m in (torch,np))
 def _where():
     "File and line of the code that asks: the innermost that is not here and, if there is one before ours, not in PyTorch or NumPy."
     f = sys._getframe(1)
-    while isinstance(f.f_locals.get('self'), (_Asked,Watch)): f = f.f_back
+    while isinstance(f.f_locals.get('self'), (_Asked,TorchFunctionMode,TorchDispatchMode)): f = f.f_back
     first = f
     while f is not None and f.f_code.co_filename.startswith(_libraries): f = f.f_back
     if f is None or f.f_globals.get('__name__', '').startswith('fasterfold.'): f = first
@@ -131,6 +133,14 @@ _reads = set('item tolist numpy __bool__ __int__ __float__ __index__ __array__ _
 
 def _is_mask(i): return isinstance(i, Tensor) and i.dtype in (torch.bool,torch.uint8)
 
+# %% ../nbs/03_guards.ipynb #5a1cf031
+def _asked_in(o):
+    "The numbers that remember which `o`, an argument, is or holds."
+    if isinstance(o, (list,tuple)): return [a for v in o for a in _asked_in(v)]
+    return [a for a in ((o.start,o.stop,o.step) if isinstance(o, slice) else (o,)) if isinstance(a, _Asked)]
+
+_windows = 'conv','pool','pad','unfold' # parts of names of functions to which a kernel of one or no padding is as good as none
+
 # %% ../nbs/03_guards.ipynb #2c51c2b1
 _shape = Tensor.shape.__get__
 
@@ -172,15 +182,6 @@ class Watch(TorchFunctionMode):
         if isinstance(out, torch.Size): return torch.Size(self._size(t, d, n) for d,n in enumerate(out))
         return self._size(t, (args[1] if len(args)>1 else kwargs['dim'])%max(t.dim(), 1), out)
 
-    def _look(self, name, args, kwargs):
-        "Note it if data is read, or cut off at a number in the code."
-        t = args[0]
-        if name in _cuts and is_dense(t):
-            for d,n in _cuts[name](*args, **kwargs): _ = self._size(t, d, t.shape[d]) >= n
-        if name in ('__len__','stride'): self.note('lost', name.strip('_'))
-        elif name in _reads or name=='where' and len(args)==1: self.note('data', name.strip('_'))
-        elif name=='__getitem__' and any(_is_mask(i) and not self.own(i) for i in (args[1] if isinstance(args[1], tuple) else args[1:])): self.note('data', 'mask')
-
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs,name = kwargs or {},getattr(func, '__name__', '')
         t = args[0] if args else None
@@ -188,6 +189,27 @@ class Watch(TorchFunctionMode):
             if func==_shape or name in ('size','numel','nelement') and is_dense(t): return self._sized(func, args, kwargs)
             self._look(name, args, kwargs)
         before = self.busy
-        self.busy = before or any(isinstance(a, _Asked) for o in (*args,*kwargs.values()) for a in (o if isinstance(o, (list,tuple)) else (o,)))
+        asked = _asked_in([*args,*kwargs.values()])
+        self.busy = before or bool(asked)
+        if any(w in name for w in _windows):
+            for a in asked:
+                if not a.text.startswith('shape[') or ' ' in a.text: self.note('size', a.text, (a.plain,), a.plain, a.again)
         try: return func(*args, **kwargs)
         finally: self.busy = before
+
+# %% ../nbs/03_guards.ipynb #b5d656a4
+@patch
+def read(self:Watch, text):
+    "Note that data is read, unless that is known of this place."
+    where = _where()
+    if self.on and all(q.kind!='data' or q.where!=where for q in self.questions): self.note('data', text)
+
+@patch
+def _look(self:Watch, name, args, kwargs):
+    "Note it if data is read, or cut off at a number in the code."
+    t = args[0]
+    if name in _cuts and is_dense(t):
+        for d,n in _cuts[name](*args, **kwargs): _ = self._size(t, d, t.shape[d]) >= n
+    if name in ('__len__','stride'): self.note('lost', name.strip('_'))
+    elif name in _reads or name=='where' and len(args)==1: self.note('data', name.strip('_'))
+    elif name=='__getitem__' and any(_is_mask(i) and not self.own(i) for i in (args[1] if isinstance(args[1], tuple) else args[1:])): self.note('data', 'mask')

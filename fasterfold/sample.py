@@ -158,7 +158,8 @@ class Sample:
         args=(), # Positional arguments
         kwargs=None, # Keyword arguments
         parts=(), # Names of the parts of the model that are asked along, as for `ask`
-    ): self.args,self.kwargs,self.parts = tuple(args),dict(kwargs or {}),tuple(parts)
+        calls:int=1, # How often in a row the model is called: the last call is the one that counts
+    ): self.args,self.kwargs,self.parts,self.calls = tuple(args),dict(kwargs or {}),tuple(parts),calls
 
     @classmethod
     def of(cls,
@@ -174,10 +175,17 @@ class Sample:
         "Copies of the arguments, for a model that may write to them. Tensors become plain ones."
         return _copied((self.args,self.kwargs))
 
+    def ahead(self,
+        model, # Any function
+    ):
+        "Make the calls before the last."
+        for _ in range(self.calls-1): interruptible(model, *(given := self.copied())[0], **given[1])
+
     def call(self,
         model, # Any function
     ): # What it and its parts return
         "Call `model` with copies of the arguments."
+        self.ahead(model)
         return ask(model, *self.copied(), self.parts)
 
     @whole
@@ -192,7 +200,7 @@ class Sample:
         f, # Tensor to tensor
     ): # A `Sample`
         "The same with `f` of each tensor; those inside objects stay as they are."
-        return Sample(*tree_map_only(Tensor, f, (self.args,self.kwargs)), self.parts)
+        return Sample(*tree_map_only(Tensor, f, (self.args,self.kwargs)), self.parts, self.calls)
 
     @property
     def tensors(self)->list: return tensors_of((self.args,self.kwargs))
@@ -218,6 +226,11 @@ def jittered(self:Sample,
     g = torch.Generator().manual_seed(seed)
     def off(t): return (wide(t)*(1+eps*torch.randn(t.shape, generator=g, dtype=torch.float64))).to(t.dtype).to(t.device)
     return self.map(lambda t: off(t) if t.is_floating_point() else t)
+
+@patch(as_prop=True)
+def twice(self:Sample): # A `Sample`
+    "The same after a call with it."
+    return Sample(self.args, self.kwargs, self.parts, 2)
 
 # %% ../nbs/02_sample.ipynb #e4634de0
 @patch(as_prop=True)
@@ -274,30 +287,36 @@ def has_batch(self:Sample)->bool:
 @patch(as_prop=True)
 def labels(self:Sample)->dict:
     "Label of each dimension to its extent. The channels of images are none."
-    res,channels = {},set()
-    for t in filter(_is_free, tree_flatten((self.args,self.kwargs))[0]):
-        ls = _labels(t, self.has_batch)
-        res.update(zip(ls, t.shape))
-        if t.dim()>3 and t.is_floating_point(): channels.add(ls[1])
-    return {k:n for k,n in res.items() if n and k not in channels}
+    res = {k:n for t in filter(_is_free, tree_flatten((self.args,self.kwargs))[0]) for k,n in zip(_labels(t, self.has_batch), t.shape)}
+    return {k:n for k,n in res.items() if n and k not in self.channels}
+
+# %% ../nbs/02_sample.ipynb #5a1cf011
+def _channels(t, labels): return labels[1:2] if t.dim()>3 and t.is_floating_point() else []
+
+@patch(as_prop=True)
+def channels(self:Sample)->dict:
+    "Label of the dimension of each image that holds its channels, where they come first, to its extent."
+    return {k:k[0] for t in filter(_is_free, tree_flatten((self.args,self.kwargs))[0]) for k in _channels(t, _labels(t, self.has_batch))}
 
 # %% ../nbs/02_sample.ipynb #b83ebc38
+def _fit(t, sizes, batch):
+    "`t` with the extents that `sizes` says for its labels."
+    if not _is_free(t): return t
+    for d,k in enumerate(_labels(t, batch)):
+        if k not in sizes: continue
+        i = torch.arange(sizes[k], device=t.device)
+        times = (i//t.shape[d]).to(t.dtype) if t.is_floating_point() else None
+        t = t.index_select(d, i%t.shape[d])
+        if times is not None: t = t*((1-2*(times%2))/(1+times)).reshape(-1, *[1]*(t.dim()-d-1))
+    return -t if t.is_floating_point() else t
+
 @patch
 def resized(self:Sample,
     sizes:dict, # Label to new extent
 ): # A `Sample`
     "The same with other extents, and with other numbers: each repetition has its own sign and size."
     batch = self.has_batch
-    def fit(t):
-        if not _is_free(t): return t
-        for d,k in enumerate(_labels(t, batch)):
-            if k not in sizes: continue
-            i = torch.arange(sizes[k], device=t.device)
-            times = (i//t.shape[d]).to(t.dtype) if t.is_floating_point() else None
-            t = t.index_select(d, i%t.shape[d])
-            if times is not None: t = t*((1-2*(times%2))/(1+times)).reshape(-1, *[1]*(t.dim()-d-1))
-        return -t if t.is_floating_point() else t
-    return self.map(fit)
+    return self.map(lambda t: _fit(t, sizes, batch))
 
 # %% ../nbs/02_sample.ipynb #ab71b7f2
 def awkward(
@@ -309,6 +328,16 @@ def awkward(
     base = max(least, -(-n//256)*32) if least and n>64 else n
     res = base+base//4-1 if k%2==0 else base+base//2+1
     return n+1 if res<2 or res==n else res
+
+# %% ../nbs/02_sample.ipynb #5a1cf012
+@patch(as_prop=True)
+def shared(self:Sample)->list: # Pairs (what, `Sample`)
+    "Samples in which one tensor has another extent that is the same in other tensors, where it stays. The channels of images stay, too."
+    leaves,spec = tree_flatten((self.args,self.kwargs))
+    of = {i:_labels(t, self.has_batch) for i,t in enumerate(leaves) if _is_free(t)}
+    def other(i, k): return Sample(*tree_unflatten([*leaves[:i],_fit(leaves[i], {k:awkward(k[0])}, self.has_batch),*leaves[i+1:]], spec), self.parts)
+    found = [(i, k) for i,ls in of.items() for k in ls if k!='batch' and k not in _channels(leaves[i], ls) and any(k in of[j] for j in of if j!=i)]
+    return [(f'{awkward(k[0])} instead of {k[0]} in one tensor', other(i, k)) for i,k in found]
 
 # %% ../nbs/02_sample.ipynb #7779bf98
 def neighbours(
@@ -332,10 +361,13 @@ def put(self:Sample,
 
 @patch
 def varied(self:Sample)->list: # Pairs (what, `Sample`)
-    "Samples with one number or truth among the arguments changed, scalar tensors included."
+    "Samples with one number or truth among the arguments changed, scalar tensors included, and with all truths changed."
     def scalar(o): return isinstance(o, Tensor) and o.dim()==0 and is_dense(o)
-    leaves = tree_flatten((self.args,self.kwargs))[0]
-    return [self.put(i, o) for i,leaf in enumerate(leaves) for o in neighbours(leaf.item() if scalar(leaf) else leaf)]
+    leaves,spec = tree_flatten((self.args,self.kwargs))
+    alone = [self.put(i, o) for i,leaf in enumerate(leaves) for o in neighbours(leaf.item() if scalar(leaf) else leaf)]
+    other = [not v if isinstance(v, bool) else v for v in leaves]
+    several = sum(isinstance(v, bool) for v in leaves)>1
+    return alone+[('all truths the other way', Sample(*tree_unflatten(other, spec), self.parts))]*several
 
 # %% ../nbs/02_sample.ipynb #5a1cc020
 _ways = [(3.,0.),(.3,0.),(1.,3.),(1.,-3.),(10.,0.),(-3.,10.),(.1,1.),(-1.,-1.)]

@@ -181,17 +181,27 @@ def _collect(o, res, deep, depth=3):
     for kind,f in _holders if deep else _holders[:2]:
         if isinstance(o, kind): return [_collect(v, res, deep, depth-1) for v in f(o) if type(v) not in _as_is]
 
+# %% ../nbs/01_state.ipynb #5a1cf001
+def _is_value(a, b): return a is b or type(a) is type(b) and (type(a) in _as_is or _is_plain(a)) and a==b
+
+def _is_as(o, old):
+    "Does a container hold what it held?"
+    if isinstance(o, np.ndarray): return np.array_equal(o, old)
+    if isinstance(o, _numbers): return o==old
+    same = len(o)==len(old) and (o==old if isinstance(o, set) else all(map(is_, o, old)))
+    return same and (not isinstance(o, dict) or all(map(is_, o.values(), old.values())))
+
 def refill(o, old):
     "Let a container hold again what it held."
     if isinstance(o, np.ndarray): return np.copyto(o, old) if o.flags.writeable else None
     if isinstance(o, _numbers):
         o[:] = old
         return
-    same = len(o)==len(old) and (o==old if isinstance(o, set) else all(map(is_, o, old)))
-    if same and (not isinstance(o, dict) or all(map(is_, o.values(), old.values()))): return
+    if _is_as(o, old): return
     o.clear()
     (o.extend if isinstance(o, (list,deque)) else o.update)(old)
 
+# %% ../nbs/01_state.ipynb #5a1cf003
 class Structure:
     "What each module of `model` is and holds now."
     @growing()
@@ -212,6 +222,18 @@ class Structure:
             full = [(o, o.copy()) for o in held if o and isinstance(o, (dict,set,list,deque))]
             full += [(o, copy.copy(o)) for o in more.values() if isinstance(o, _numbers)]
             self.modules.append((m, m.__class__, own.copy(), [o for o in held if not o], full, _scripted(m)))
+
+    def changed(self):
+        "Pairs (module, attribute) of what its modules hold otherwise now, hooks and numbers in tensors aside."
+        for m,_,attrs,empty,full,_ in self.modules:
+            if isinstance(m, torch.jit.ScriptModule): continue # which holds what it looks up
+            now,old = vars(m),{id(o):was for o,was in full}
+            yield from ((m, k) for k in {**attrs,**now} if k not in _usual and not _is_value(now.get(k, _usual), attrs.get(k, _usual)))
+            for k in ('_parameters','_buffers'): # somebody may listen to who asks for them
+                was = old.get(id(attrs.get(k)), {})
+                yield from ((m, n) for n,t in now.get(k, {}).items() if was.get(n) is not t)
+            inside = {id(o) for o in empty if o} | {id(o) for o,was in full if not _is_as(o, was)}
+            yield from ((m, k) for k,v in now.items() if k not in _usual and (id(v) in inside or id(getattr(v, '__dict__', None)) in inside))
 
     def restore(self):
         "Let each module be and hold that again."
@@ -277,6 +299,14 @@ class Still:
     def passing(self):
         "As the function of that name."
         return passing(self.model)
+
+    @property
+    def changed(self):
+        "Names of what `model` holds otherwise now, as a call changes it of which the next one depends."
+        names = {m:f'{n}.'.lstrip('.') for n,m in self.model.named_modules()}
+        found = [f"{names.get(m, '')}{k}" for m,k in self.before.changed()]
+        wrote = {id(b) for b,version,*_ in self.buffers if version is not None and b._version!=version}
+        return list(dict.fromkeys(found+[n for n,b in self.model.named_buffers() if id(b) in wrote]))
 
     def restore(self):
         "Let `model` be as it was."

@@ -22,7 +22,7 @@ from fastcore.basics import AttrDict, patch
 from .guards import Watch
 from .interrupt import whole
 from .sample import Sample, ask, returned, tensors_of, unheard
-from .state import Dispatch, FoldError, growing, held_by, is_dense, passing, preserved
+from .state import Dispatch, FoldError, Still, growing, held_by, is_dense, passing, preserved
 
 # %% ../nbs/04_trace.ipynb #35421d42
 @dataclass(eq=False)
@@ -46,6 +46,7 @@ class Value:
     nested:bool = False # Is it a nested tensor, which has no shape? `shape` is then empty
     place:int = 0 # Which of the inputs it is
     part:str = '' # The part of the model that returns it, if `keep` names one
+    steps:tuple = () # How far numbers of an input, or of what an operation made, are apart along each dimension of more than one
 
     @property
     def rank(self): return len(self.shape)
@@ -126,6 +127,7 @@ class Graph:
     parted:bool = False # Ran an operation in parts that the model runs as a whole?
     methods:dict = field(default_factory=dict) # Name of each method of the model that it called to the values that this returned
     asked:dict = field(default_factory=dict) # Module to the names of its own weights that other code asks for, and where that code is
+    changed:list = field(default_factory=list) # Names of what the model holds otherwise after the pass, so that the next one may do something else
 
 
 # %% ../nbs/04_trace.ipynb #5a1c2002
@@ -173,15 +175,17 @@ def user_hooks(
 
 # %% ../nbs/04_trace.ipynb #24d6aba0
 _composite = torch._C.DispatchKey.CompositeImplicitAutograd
+_deciding = {torch.Tag.data_dependent_output,torch.Tag.dynamic_output_shape}
 
 @lru_cache(None)
 def _schema(func):
-    "Default of each argument, names of the arguments written to, name of an ATen operation, whether it draws no random numbers, and whether it is made of others."
+    "Default of each argument, names of the arguments written to, name of an ATen operation, whether it draws no random numbers, whether it is made of others, and whether numbers decide what comes out besides numbers."
     args,name = func._schema.arguments,func._schema.name.split('::')[-1]
     writes = [a.name for a in args if a.alias_info is not None and a.alias_info.is_write]
     pure = torch.Tag.nondeterministic_seeded not in func.tags
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _composite)
-    return {a.name:a.default_value if a.has_default_value() else None for a in args}, writes, name.removesuffix('_'), pure, composite
+    reads = name=='_local_scalar_dense' or name!='index' and not _deciding.isdisjoint(func.tags) # masks are known by themselves
+    return {a.name:a.default_value if a.has_default_value() else None for a in args}, writes, name.removesuffix('_'), pure, composite, reads
 
 def _storage(t):
     try: return t.untyped_storage()._cdata
@@ -220,7 +224,7 @@ class Tracer(Dispatch):
         still=None, # A `Still` of it, if there is one
     ):
         super().__init__()
-        self.graph,self.known,self.stack = Graph(),_Known(),[] # `stack`: the module calls we are in
+        self.graph,self.known,self.stack,self.given = Graph(),_Known(),[],sample # `stack`: the module calls we are in
         self.stores,self.written,self.watch = 0,{},None # how many storages there are, and the last write to each
         self.passed = _Known() # what a module wrote to and returned, which another tensor stands for since
         self.varying = set() # storages of leaves, and those that were written to with something that is not the same for every input
@@ -229,10 +233,10 @@ class Tracer(Dispatch):
         self._add_leaves(named, passing(model) if still is None else still.passing)
         for t in tree_flatten(sample)[0]:
             if not isinstance(t, Tensor) or self.known.get(t) is not None: continue
-            self.graph.inputs.append(self._add(t, 'input', place=len(self.graph.inputs)))
+            self.graph.inputs.append(self._add(t, 'input', place=len(self.graph.inputs), steps=_steps(t)))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs,(defaults,writes,name,pure,composite) = kwargs or {},_schema(func)
+        kwargs,(defaults,writes,name,pure,composite,reads) = kwargs or {},_schema(func)
         if composite and not any(isinstance(t, Tensor) and t.is_nested for t in tree_flatten((args,kwargs))[0]):
             self.graph.parted = True
             try:
@@ -240,11 +244,15 @@ class Tracer(Dispatch):
             except Exception: pass # nothing but the whole runs here
         given = defaults | dict(zip(defaults, args)) | kwargs
         bound,inputs,stores = self._bind(given)
+        if reads and self.watch is not None and not all(v.const for v in inputs): self.watch.read(name)
         out = func(*args, **kwargs)
         self._made(self._op(func, name, bound, inputs), out, [given[k] for k in writes], pure, stores)
         return out
 
 # %% ../nbs/04_trace.ipynb #52a926f2
+def _steps(t):
+    with torch._C.DisableTorchFunction(): return tuple(s for s,n in zip(t.stride(), t.shape) if n>1) if is_dense(t) else () # unheard
+
 @patch
 def _add(self:Tracer, t, kind, store=None, **kw):
     "A new value for the tensor `t`, in a new storage if `store` is None."
@@ -326,7 +334,7 @@ def _made(self:Tracer, op, out, written, pure, stores):
     else: self.varying |= into
     def new(t):
         at = _storage(t)
-        v = self._add(t, 'op', stores.get(at), op=op, const=const)
+        v = self._add(t, 'op', stores.get(at), op=op, const=const, steps=_steps(t))
         stores[at] = v.store
         return v
     made = {}
@@ -362,9 +370,18 @@ def _exit_module(self:Tracer, m, args, *rest):
     if isinstance(out, Tensor): call.out = self.value(out)
     call.returned = self.seen(out)
     self._watch(m, (*kwargs,out))
-    if isinstance(m, torch.jit.ScriptModule): self._doubt(call, args, kwargs, out)
+    if _pads(m, args, *kwargs) and call.out is not None: call.out.hooks.append(f"`{call.name}` ({type(m).__name__}), which puts zeros where its padding mask says so,")
+    if isinstance(m, torch.jit.ScriptModule):
+        if self.watch is not None: self.watch.note('lost', 'TorchScript')
+        self._doubt(call, args, kwargs, out)
     elif call.out is not None and call.out.op in call.ops and any(out is a for a in chain(args, *(k.values() for k in kwargs))) and is_dense(out):
         return self._pass_on(out, call)
+
+# %% ../nbs/04_trace.ipynb #5a1cf023
+def _pads(m, args, kwargs=None):
+    "Is `m` an encoder that may leave out what is padded, in a faster way that it takes only where nobody watches?"
+    if not isinstance(m, nn.TransformerEncoder) or not getattr(m, 'use_nested_tensor', True): return False
+    return (args[2] if len(args)>2 else (kwargs or {}).get('src_key_padding_mask')) is not None
 
 @patch
 def _pass_on(self:Tracer, t, call):
@@ -561,7 +578,9 @@ def _in_wholes(model, sample, watch):
     "What `model` returns where nothing is run in parts, watched as it was."
     args,kwargs = sample.copied()
     if watch is not None: args,kwargs = watch.numbers((args,kwargs))
-    with preserved(model, partial(sample.call, model)), watch or nullcontext(): return returned(ask(model, args, kwargs, sample.parts))[0]
+    with preserved(model, partial(sample.call, model)):
+        sample.ahead(model)
+        with watch or nullcontext(): return returned(ask(model, args, kwargs, sample.parts))[0]
 
 # %% ../nbs/04_trace.ipynb #5a1c5017
 def _mark_parts(tracer, parts, ways):
@@ -573,15 +592,19 @@ def _mark_parts(tracer, parts, ways):
     for k,out in ways.items():
         for v in tracer.seen(out): v.part = k
 
+# %% ../nbs/04_trace.ipynb #5a1c5019
+def _unfix(graph, names):
+    "The buffers that `names` are among, and what was computed from them, are constants no more: the pass wrote to them."
+    for v in graph.leaves: v.const = v.const and not any(n in names for n in v.names)
+    for o in graph.ops:
+        if not all(v.const for v in o.inputs):
+            for v in filter(None, o.outs): v.const = False
+
 # %% ../nbs/04_trace.ipynb #9478a644
-def _record(model, sample, watched, still):
-    args,kwargs = sample.copied()
-    tracer = Tracer(model, (args,kwargs), still)
-    graph,known,watch = tracer.graph,{},Watch(tracer.owns) if watched else None
-    if watched:
-        tracer.watch = graph.watch = watch
-        args,kwargs = watch.numbers((args,kwargs))
-    with preserved(still or model, partial(sample.call, model)), tracer.hooked(), tracer.listed(model), tracer:
+def _pass(tracer, model, sample, watch):
+    "Run `model` under `tracer`, and note what it returns."
+    graph,(args,kwargs) = tracer.graph,tracer.given
+    with tracer.hooked(), tracer.listed(model), tracer:
         tracer.listen()
         try:
             with watch or nullcontext(): out = ask(model, args, kwargs, sample.parts)
@@ -595,6 +618,20 @@ def _record(model, sample, watched, still):
         if sample.parts: _mark_parts(tracer, sample.parts, out[1])
         for v in tracer.outliving(): v.hooks.append('what outlives the forward pass')
         for v in tracer.passed.living(): v.op.passed = False
+
+# %% ../nbs/04_trace.ipynb #5a1cf021
+def _record(model, sample, watched, still):
+    still,known = still or Still(model),{}
+    with preserved(still, partial(sample.call, model)):
+        sample.ahead(model)
+        tracer = Tracer(model, sample.copied(), still)
+        graph,watch = tracer.graph,Watch(tracer.owns) if watched else None
+        if watched:
+            tracer.watch = graph.watch = watch
+            tracer.given = watch.numbers(tracer.given)
+        _pass(tracer, model, sample, watch)
+        graph.changed = still.changed
+        _unfix(graph, graph.changed)
     for op in graph.ops: _add_absent(op, graph, known)
     _others(model, graph)
     if graph.parted: graph.results = _in_wholes(model, sample, Watch(tracer.owns) if watched else None)

@@ -158,6 +158,7 @@ FORMS = { # all other reasons: what must hold of the `Around` and the `Side`
     "`([^`]+)` shares its memory with `([^`]+)`": lambda n,s,w,u: leaf(n, w) is not leaf(n, u) and overlapping([leaf(n, w).tensor,leaf(n, u).tensor]),
     "`([^`]+)` is part of TorchScript, of which nothing is edited": lambda n,s,w: isinstance(owner(n, w), jit.ScriptModule),
     "`([^`]+)` is tied to `([^`]+)`, which did not run on the sample": lambda n,s,w,u: lent(n, s, w) is leaf(n, u) and not runs(n, u.rpartition('.')[0]),
+    r"it returns (\w+) for (\w+)": lambda n,s,out,x: any((str(c.out.dtype),str(c.ins[0].dtype))==(f'torch.{out}',f'torch.{x}') for c in n.calls),
     "it is no norm each time it runs": lambda n,s: len(n.norms)<len(n.calls) or any(a is None for a in n.maps),
     "its `([^`]+)` is also read by #": lambda n,s,k,l: reads(n, [v for v in n.graph.leaves if v.names[0].rpartition('.')[2]==k and n.own&{*v.users}], l),
     r"a hook \((.+)\) watches it": lambda n,s,h: h in user_hooks(n.module),

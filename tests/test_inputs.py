@@ -2,7 +2,8 @@
 
 Each situation is a small model, a sample, and inputs unlike it: another size, batch, length, argument or route. Folded with the proof on, the model
 must be right for all of them. With the proof off it must be, too, wherever no data decides: a rule that counts on a property of the sample is wrong."""
-import numpy as np, pytest, torch, torch.nn.functional as F
+import copy, numpy as np, pytest, torch, torch.nn.functional as F
+from types import SimpleNamespace
 from torch import nn
 from fasterfold.sample import Sample
 from fasterfold.state import FoldError
@@ -100,6 +101,59 @@ def sensed(self, sensors):
     for y in rest: first = y+first
     return self.norm(first).relu()
 
+def even(x): return F.pad(x, (0,1)) if x.shape[-1]%2 else x
+
+def channels_last(self, x):
+    y = self.norm(self.conv(x.permute(0,3,1,2)).relu())
+    return self.last(F.pad(y, (0,0,0,1)) if y.shape[2]%2 else y)
+
+def clips(self, x):
+    "In batches of clips of several frames."
+    b,t = x.shape[:2]
+    y = self.norm(self.conv(x.flatten(0,1)).relu().mean((2,3)).view(b,t,-1).transpose(1,2))
+    return self.last(F.pad(y, (0,4-t%4)) if t%4 else y)
+
+def clips_of_eight(self, x):
+    y = self.norm(self.conv(x).relu())
+    y = y.view(len(x)//8,8,*y.shape[1:])
+    return self.last((F.pad(y, (1,1)) if len(y)==1 else y).flatten(0,1))
+
+def square(self, x):
+    assert x.shape[2]==x.shape[3]
+    return self.last(even(self.norm(self.conv(x).relu())))
+
+def levels(self, x):
+    res = []
+    for norm,last in zip(self.norms, self.lasts):
+        x = F.max_pool2d(even(self.conv(x).relu()), 2)
+        res.append(last(even(norm(x))).mean((2,3)))
+    return torch.stack(res)
+
+def halves(self, a, b):
+    "As if both had one length."
+    u,v = torch.cat([self.norm(self.first(a).relu()),self.second(b).relu()], 2).chunk(2, 2)
+    return self.third(u).mean(2)+self.fourth(v).mean(2)
+
+def twins(self, a, b):
+    u,v = (self.norm(self.conv(x).relu()) for x in (a,b))
+    if u.shape[3]<v.shape[3]: u = F.pad(u, (0,v.shape[3]-u.shape[3]))
+    return self.last(u).mean((2,3))+v.mean((2,3))[:,:2]
+
+class Optional(nn.Module):
+    "Two arguments that matter only together."
+    def __init__(self, off):
+        super().__init__()
+        self.conv,self.norm,self.off = conv(),nn.BatchNorm2d(4),off
+    def forward(self, x, a=None, b=None): return self.conv(x) if self.off(a, b) else self.norm(self.conv(x))
+
+class Encoder(nn.Module):
+    "Leaves out what is padded where PyTorch may take its faster way."
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+        self.norm = nn.BatchNorm1d(8)
+    def forward(self, x, mask): return self.norm(self.encoder(x, src_key_padding_mask=mask).transpose(1,2)).tanh()
+
 class Ways(nn.Module):
     "One way has norm 0, the other one norm 1, or both have one norm, and then a layer each; statistics of the batch hide from a batch of one what came before."
     def __init__(self, n, k):
@@ -191,12 +245,37 @@ def situations():
     add('sign_of_the_mean', Fn(lambda s,x: s.norm(s.conv(x)) if x.mean()>0 else s.conv(x), conv=conv(padding=1), norm=bn2(4)), y.abs(), -y.abs())
     add('domain_of_a_whole_batch', Fn(lambda s,x,i: s.norm(s.conv(x) if i[0]==0 else s.conv(x).relu()), conv=conv(), norm=bn2(4)),
         (x,torch.tensor([0,0])), (x,torch.tensor([1,1])))
+    def last(o=2, **kw): return dict(conv=conv(padding=1), norm=bn2(4), last=conv(4,o), **kw)
+    add('channels_last', Fn(channels_last, **last()), image(2,64,64,3), image(2,65,64,3), image(1,77,64,3))
+    add('frames_of_a_clip', Fn(clips, conv=conv(padding=1), norm=bn1(4), last=nn.Conv1d(4,2,2)), image(2,4,3,8,8), image(2,9,3,8,8), image(1,3,3,8,8))
+    add('clips_of_eight_frames', Fn(clips_of_eight, **last()), image(16,3,8,8), image(8,3,8,8), image(32,3,8,8))
+    add('square_images_only', Fn(square, **last()), image(2,3,32,32), image(2,3,33,33), image(1,3,65,65))
+    add('one_function_at_every_level', Fn(levels, conv=conv(3,3,padding=1), norms=norms(3, 3), lasts=nn.ModuleList([conv(3,2,1) for _ in range(3)])),
+        image(2,3,32,32), image(2,3,36,36), image(2,3,44,52), image(2,3,40,36))
+    add('padding_from_a_size', Fn(lambda s,x: s.last(F.conv2d(s.norm(s.conv(x).relu()), s.last.weight.new_ones(4,4,3,3), padding=x.shape[2]//128)), **last()),
+        y, image(2,3,64,64), image(1,3,130,130))
+    add('window_from_a_size', Fn(lambda s,x: s.last(F.avg_pool2d(s.norm(s.conv(x).relu()), k := x.shape[2]//32+1, 1, k//2)), **last()), y, image(2,3,64,64), image(1,3,32,32))
+    def layers(n): return [nn.Conv1d(3,3,1) for _ in range(n)]
+    add('one_input_longer', Fn(halves, norm=bn1(3), **dict(zip(('first','second','third','fourth'), layers(4)))), (image(2,3,6),image(2,3,6)), (image(2,3,8),image(2,3,4)))
+    add('one_twin_larger', Fn(twins, **last()), (x,x), (y,x), (x,y))
+    add('two_conditions_left_out', Optional(lambda a,b: a is None and b is None), (x,-x,2*x), x, (x,None,x))
+    add('two_flags_on', Optional(lambda a,b: bool(a) and bool(b)), (x,False,False), (x,True,True), (x,False,True))
+    add('view_of_what_a_norm_made', Fn(lambda s,x: s.norm(s.layer(x.transpose(1,2)).transpose(1,2)).view(len(x),-1), layer=lin(3,4), norm=bn1(4)), image(2,3,1), image(2,3,5))
+    add('written_to_after_a_norm', Fn(lambda s,x: s.norm((c := s.conv(x)).mean((2,3), keepdim=True).expand_as(c)).add_(1), conv=conv(), norm=bn2(4)), image(2,3,3,3), y)
+    words,none = image(3,6,8),torch.zeros(3,6)>0
+    some = torch.arange(6)>=torch.tensor([[4],[3],[6]])
+    add('padding_mask', Encoder(), (words,none), (words,some))
+    add('padding_mask_that_masks', Encoder(), (words,some), (words,none))
+    add('table_cut_at_a_size', Fn(lambda s,x: s.norm(s.layer(x).mean(1)/s.ones[:x.shape[1]].sum()).relu(), layer=lin(4,4), norm=bn1(4), ones=nn.Parameter(torch.ones(100))),
+        image(2,6,4), image(2,9,4), image(2,3,4))
     add('loudness', Fn(lambda s,x: s.norm(s.conv(x)) if x.std()<2.5 else s.conv(x), conv=conv(padding=1), norm=bn2(4)), y, y*4)
     return res
 
 by_data = {'nothing_masked','short_batch','odd_width','wide','sign_of_the_mean','loudness','truth_as_argument','pad_if_needed','shapes_that_agree','two_questions_in_one_line',
     'area','twice_as_high','two_remainders','halved_in_a_loop','large_integer','negative_integer','large_float','negative_float','fifth_of_many',
     'cut_at_a_number','larger_side','sizes_together','bits_of_a_size','division_by_a_size','cut_at_a_larger_number','pieces_of_a_length',
+    'channels_last','frames_of_a_clip','clips_of_eight_frames','square_images_only','one_function_at_every_level','padding_from_a_size','window_from_a_size',
+    'one_input_longer','one_twin_larger','two_conditions_left_out','two_flags_on','view_of_what_a_norm_made','written_to_after_a_norm',
     'condition_left_out','condition_left_out_by_name','one_view_less','one_view_less_in_a_tuple','one_sensor_less','one_argument_less','domain_of_a_whole_batch'} # what only a run can show
 
 def right(model, folded, inputs):
@@ -239,10 +318,10 @@ def test_what_was_not_covered_is_said():
     def far(s, x): return s.norm(s.conv(x)) if x.shape[3]<=10**5 else s.conv(x)
     text = covers(Fn(far, conv=conv(padding=1), norm=nn.BatchNorm2d(4)), image(2,3,64,64))
     assert 'no size up to 512 turns `shape[3] <= 100000`, test_inputs.py:' in text
-    class Optional(nn.Sequential):
+    class Masks(nn.Sequential):
         def forward(self, x, mask=None): return super().forward(x if mask is None else x*mask)
-    assert 'Not covered: the model with `mask`, which no sample has.' in covers(Optional(conv(), nn.BatchNorm2d(4)), image(2,3,64,64))
-    text = covers(Optional(conv(), nn.BatchNorm2d(4)), (image(2,3,64,64),image(2,1,64,64)))
+    assert 'Not covered: the model with `mask`, which no sample has.' in covers(Masks(conv(), nn.BatchNorm2d(4)), image(2,3,64,64))
+    text = covers(Masks(conv(), nn.BatchNorm2d(4)), (image(2,3,64,64),image(2,1,64,64)))
     assert 'Not covered' not in text and 'with mask=None' in text
     class Open(nn.Sequential):
         def forward(self, x, **options): return super().forward(x)
@@ -263,7 +342,107 @@ def test_arguments_that_are_no_numbers_are_said(value, other):
     said = 'Not covered: other values of `how`, which no sample has.'
     model,x = Takes(conv(), nn.BatchNorm2d(4)),image(2,3,8,8)
     assert said in covers(model, (x,value)) and said not in covers(model, None, samples=[(x,value),(x,other)])
-    for v in (1,.5,True,x,[x,2],(1,False)): assert said not in covers(model, (x,v))
+    for v in (.5,True,x,[x,.2],(.1,False)): assert said not in covers(model, (x,v))
+
+def test_integers_that_choose_are_said():
+    "Code that compares them tells where it turns; an entry of a list does not."
+    def picks(s, x, way): return [s.norm,s.norm,torch.neg,s.norm][way](s.conv(x))
+    said = 'Not covered: other values of `argument 2`, which no sample has.'
+    assert said in covers(Fn(picks, conv=conv(), norm=nn.BatchNorm2d(4)), (image(2,3,8,8),0))
+    def compares(s, x, way): return s.norm(s.conv(x)) if way<5 else s.norm(s.conv(-x))
+    assert said not in covers(Fn(compares, conv=conv(), norm=nn.BatchNorm2d(4)), (image(2,3,8,8),0))
+
+@pytest.mark.parametrize('given', [lambda x: SimpleNamespace(x=x), lambda x: x.numpy()])
+def test_what_is_passed_as_it_is_is_said(given):
+    def take(o): return torch.from_numpy(o) if isinstance(o, np.ndarray) else o.x
+    text = covers(Fn(lambda s,o: s.norm(s.conv(take(o))), conv=conv(), norm=nn.BatchNorm2d(4)), (given(image(2,3,8,8)),))
+    assert f'Not covered: other sizes and numbers in `{type(given(image(1))).__name__}`, which is tried as it is.' in text and 'reads no data' not in text
+
+def test_sizes_that_nothing_changes_are_said():
+    def far(s, x):
+        y = s.conv(x.view(x.shape[0], -1, 160).transpose(1,2))
+        return s.norm(y) if x.shape[1]<=32000 else y
+    text = covers(Fn(far, conv=nn.Conv1d(160,4,1), norm=nn.BatchNorm1d(4)), image(2,1600))
+    assert 'on inputs of (2,1600) and (1,800).' in text and '`shape[1] <= 32000`' in text
+    def frames(s, x, f):
+        y = s.norm(s.conv(x))
+        return y+f if f.shape[2]<=16 else y+2*f
+    text = covers(Fn(frames, conv=nn.Conv1d(1,4,160,160), norm=nn.BatchNorm1d(4)), (image(2,1,1600),image(2,4,10)))
+    assert 'Not covered: `shape[2] <= 16`, test_inputs.py:' in text and 'which went one way only' in text
+
+def counting(self, x):
+    self.count = getattr(self, 'count', 0)+1
+    y = self.conv(x)
+    return self.norm(y) if self.count%2 else y
+
+def following(self, x):
+    "The first frame has none before it."
+    y = self.conv(x) if getattr(self, 'before', None) is None else self.conv(x)+self.before
+    self.before = x.mean().expand_as(y)
+    return self.norm(y)
+
+def joining(self, x):
+    "What came before lies beside it, as high as the sample is."
+    y = self.norm(self.conv(x).relu())
+    y = torch.cat([getattr(self, 'kept', None) if hasattr(self, 'kept') else y[...,:0],y], 3)
+    self.kept = torch.zeros(len(x),4,8,1, dtype=x.dtype)
+    return self.last(y)
+
+def fading(self, x):
+    y = self.norm(self.conv(x)*self.gain.view(1,-1,1,1))
+    self.gain.mul_(.5)
+    return y
+
+def measuring(self, x):
+    y = self.norm(self.conv(x)*self.gain.view(1,-1,1,1))
+    self.gain = x.mean((0,2,3)).sum().expand(4)
+    return y
+
+@pytest.mark.parametrize('f', [counting,following,joining,fading,measuring])
+def test_calls_in_a_row(f):
+    "A model that keeps something from one call to the next may do something else then."
+    model = Fn(f, conv=conv(padding=1), norm=nn.BatchNorm2d(4), last=conv(4,2,1))
+    model.register_buffer('gain', torch.ones(4))
+    model,x = randomize_norms(model),image(2,3,8,8)
+    model.gain.fill_(1)
+    for verify in (True,*(False,)*(f in (fading,measuring))):
+        new,old = BN_Folder(verify=verify).fold(model, x),copy.deepcopy(model)
+        with torch.no_grad():
+            for a in (x,-x,2*x): assert distance([new(a)], [old(a)])<1e-5
+
+def test_calls_in_a_row_are_said():
+    def caches(s, x):
+        s.seen = x.shape[3]
+        return s.norm(s.conv(x))
+    text = covers(Fn(caches, conv=conv(), norm=nn.BatchNorm2d(4)), image(2,3,8,8))
+    assert 'with a call before it' in text and 'The model keeps `seen` from one call to the next: two calls in a row were run.' in text
+    def refuses(s, x):
+        assert not hasattr(s, 'done')
+        s.done = True
+        return s.norm(s.conv(x))
+    text = covers(Fn(refuses, conv=conv(), norm=nn.BatchNorm2d(4)), image(2,3,8,8))
+    assert 'Not covered: a second call, since the model keeps `done` from one call to the next.' in text
+    assert 'call' not in covers(simple(), image(2,3,8,8))
+
+def test_a_norm_that_returns_another_type_stays():
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer('scale', torch.randn(1,4,1,1))
+        def forward(self, x): return x*self.scale+self.scale
+    for verify in (True,False):
+        folder,model = BN_Folder(verify=verify),nn.Sequential(conv().bfloat16(), Frozen()).eval()
+        assert folder.fold(model, image(2,3,8,8).bfloat16())(image(2,3,8,8).bfloat16()).dtype==torch.float32
+        assert reason(folder.result, '1')=='it returns float32 for bfloat16'
+
+deep = dict(one_hot=lambda x: F.one_hot(x.flatten().long().abs()).shape[1]<10**6, cut=lambda x: x.flatten()[:x.numel()*(x.mean()>-9)].shape[0]>0,
+    fill=lambda x: torch.arange(x.abs().max()).shape[0]<10**6, repeat=lambda x: x.repeat_interleave((x.flatten()[:2]>0).long(), 0).shape[0]<3)
+
+@pytest.mark.parametrize('by', deep.values(), ids=deep)
+def test_data_that_is_read_deep_inside_is_said(by):
+    "Where no function of the code says so."
+    text = covers(Fn(lambda s,x: s.norm(s.conv(x) if by(x) else s.conv(x)), conv=conv(), norm=nn.BatchNorm2d(4)), image(2,3,8,8))
+    assert 'The code reads data (' in text and 'test_inputs.py:' in text and 'trace.py' not in text
 
 def test_data_that_is_read_is_said():
     def f(s, x): return s.norm(s.conv(x))*(1 if x.mean().item()<9 else 1)
