@@ -374,6 +374,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fasterfold.cover._by_place': ('cover.html#_by_place', 'fasterfold/cover.py'),
                                   'fasterfold.cover._by_text': ('cover.html#_by_text', 'fasterfold/cover.py'),
                                   'fasterfold.cover._close': ('cover.html#_close', 'fasterfold/cover.py'),
+                                  'fasterfold.cover._elsewhere': ('cover.html#_elsewhere', 'fasterfold/cover.py'),
                                   'fasterfold.cover._extents': ('cover.html#_extents', 'fasterfold/cover.py'),
                                   'fasterfold.cover._folds': ('cover.html#_folds', 'fasterfold/cover.py'),
                                   'fasterfold.cover._followed': ('cover.html#_followed', 'fasterfold/cover.py'),

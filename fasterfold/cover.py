@@ -457,6 +457,14 @@ def _further(cover, base):
                 cover.add(t)
     for what,o in base.sample.shared: cover.add(cover.attempt(base.sizes, o, what))
 
+def _elsewhere(cover, base):
+    "Try other sizes, too, with the arguments with which the code compares sizes that it does not compare without."
+    known = {q.where for t in (base,cover.trials[0]) for q in t.questions('size')}
+    for t in [t for t in cover.trials if t.what and not known.issuperset(q.where for q in t.questions('size'))]:
+        sizes = {k:awkward(k[0], i) for i,k in enumerate(t.sample.labels) if k!='batch'}
+        new = {k:sizes[o] for k,o in zip(cover.labels, t.sample.labels) if o in sizes}
+        cover.add(cover.attempt(t.sizes|new, t.sample.resized(sizes), t.what))
+
 # %% ../nbs/07_cover.ipynb #69d22dea
 def widen(
     cover:Cover, # Changed: it gets trials
@@ -467,6 +475,7 @@ def widen(
     base = small or cover.trials[0]
     _further(cover, base)
     for what,s in [*base.sample.varied(),*otherwise_given(cover.model, base.sample)]: cover.add(cover.attempt(base.sizes, s, what))
+    _elsewhere(cover, base)
     if 'batch' in cover.labels and any(q.text=='len' for q in cover.questions('lost')):
         for n in (2,5,9,17): cover.add(cover.attempt(base.sizes|{'batch':n}))
     if cover.changed: cover.add(next(filter(None, (cover.attempt(t.sizes, t.sample.twice, 'a call before it') for t in (base,cover.trials[0]))), None))
@@ -504,7 +513,7 @@ def describe(
     if len(cover.trials)==cover.given: res.append("It takes no input of another size.")
     turned = [a[0][0][1] for a in asked.values() if all(map(_is_both, a))]
     if turned: res.append(f"The model asks for sizes at {_places(len(turned))} ({_at(turned)}): both answers were run.")
-    if same: res.append(f"Reckoned from their sizes, no size up to {at_most} turns {_at(same)}.")
+    if same: res.append(f"Reckoned from their sizes, no single size up to {at_most} turns {_at(same)}.")
     left += fixed(cover)
     if left: res.append(f"Not covered: {_at(left)}, which went one way only.")
     data,kinds = cover.questions('data'),opaque(cover.main.sample)

@@ -108,8 +108,10 @@ def _copied(o):
         except Exception: return o # not everything can be copied
     def one(o):
         if not isinstance(o, Tensor) and not _is_object(o): return o
-        if id(o) not in copies: copies[id(o)] = (_plain if isinstance(o, Tensor) else other)(o)
-        return copies[id(o)]
+        if id(o) in copies: return copies[id(o)]
+        res = copies[id(o)] = (_plain if isinstance(o, Tensor) else other)(o)
+        if isinstance(o, Tensor) and vars(o): vars(res).update(tree_map(one, dict(vars(o)))) # which code may ask for
+        return res
     return tree_map(one, o)
 
 # %% ../nbs/02_sample.ipynb #5a1c5001

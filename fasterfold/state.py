@@ -315,6 +315,7 @@ class Still:
             if is_dense(b) and b.data_ptr()!=data.data_ptr(): b.data = data
             if version is None or b._version!=version or b.dim()==1: # statistics of norms are written to unseen
                 with torch.inference_mode() if b.is_inference() else nullcontext(): part.copy_(saved) # neither has a history
+        self.buffers = [(b, _version(b), *rest) for b,_,*rest in self.buffers]
         if self.held: self.held.restore()
 
     @contextmanager

@@ -127,6 +127,7 @@ class Graph:
     parted:bool = False # Ran an operation in parts that the model runs as a whole?
     methods:dict = field(default_factory=dict) # Name of each method of the model that it called to the values that this returned
     asked:dict = field(default_factory=dict) # Module to the names of its own weights that other code asks for, and where that code is
+    wanted:set = field(default_factory=set) # Pairs (module, name) of weights for which it asks itself: it would use one that it lacks
     changed:list = field(default_factory=list) # Names of what the model holds otherwise after the pass, so that the next one may do something else
 
 
@@ -435,9 +436,10 @@ class _Own(dict):
 
 @patch
 def listen(self:Tracer):
-    "Note on each module which of its weights are asked for outside of its own calls, until somebody gives it back as it was."
+    "Note on each module which of its weights are asked for in its own calls, and which outside of them, until somebody gives it back as it was."
     def note(m, k):
         if self.stack and self.stack[-1].module is not m: self.graph.asked.setdefault(m, {}).setdefault(k, self.stack[-1].name or 'the model')
+        else: self.graph.wanted.add((m,k))
     for m in self.graph.modules:
         if isinstance(m, torch.jit.ScriptModule): continue
         for kind in ('_parameters','_buffers'):
@@ -521,7 +523,8 @@ def _add_absent(op, graph, known):
     if (deforms := _deforms(op, m)): fills = dict(bias=0.)
     elif not isinstance(m, kinds): return
     for k,fill in fills.items():
-        if op.args.get(k) is not None and not deforms or k not in m._parameters or m._parameters[k] is not None or k in graph.asked.get(m, ()): continue
+        if op.args.get(k) is not None and not deforms or m._parameters.get(k, m) is not None: continue
+        if k in graph.asked.get(m, ()) or (m,k) not in graph.wanted: continue
         if (m,k) not in known:
             dim = -1 if op.name in ('mm','bmm','native_layer_norm') else 1
             dtype = m.weight.dtype if k=='bias' and getattr(m, 'weight', None) is not None else op.out.dtype

@@ -80,7 +80,7 @@ def twice(o, n): return len({*map(n.rep, o.inputs)})<len(o.inputs)
 def named(*parts): return lambda o,n: any(p in o.name for p in parts)
 def lacks(k): return lambda o,n: not isinstance(o.args.get(k), Value) or o.args.get('beta')==0 or 'deform' in o.name and not o.args[k].const
 def plain(o): return any(not isinstance(o.args.get(k, o.out), Value) for k in ('self','other')) or abs(o.args.get('alpha', 1))!=1
-def picks(o, n): return any(v is not None and v.users for v in o.outs[1:])
+def picks(o, n): return any(v is not None and (v.users or v.is_output) for v in o.outs[1:])
 
 _odd = named('mul','div','attention') # rules that say no in general words, too
 OPS = { # what a reason says of an operation `#`: what must hold of the operation and its `Around`

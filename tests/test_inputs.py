@@ -317,7 +317,7 @@ def test_what_was_covered_is_said():
 def test_what_was_not_covered_is_said():
     def far(s, x): return s.norm(s.conv(x)) if x.shape[3]<=10**5 else s.conv(x)
     text = covers(Fn(far, conv=conv(padding=1), norm=nn.BatchNorm2d(4)), image(2,3,64,64))
-    assert 'no size up to 512 turns `shape[3] <= 100000`, test_inputs.py:' in text
+    assert 'no single size up to 512 turns `shape[3] <= 100000`, test_inputs.py:' in text
     class Masks(nn.Sequential):
         def forward(self, x, mask=None): return super().forward(x if mask is None else x*mask)
     assert 'Not covered: the model with `mask`, which no sample has.' in covers(Masks(conv(), nn.BatchNorm2d(4)), image(2,3,64,64))
@@ -369,6 +369,24 @@ def test_sizes_that_nothing_changes_are_said():
         return y+f if f.shape[2]<=16 else y+2*f
     text = covers(Fn(frames, conv=nn.Conv1d(1,4,160,160), norm=nn.BatchNorm1d(4)), (image(2,1,1600),image(2,4,10)))
     assert 'Not covered: `shape[2] <= 16`, test_inputs.py:' in text and 'which went one way only' in text
+
+def test_sizes_that_are_asked_only_with_another_argument():
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv,self.norm,self.last = conv(),nn.BatchNorm2d(4),conv(4,2)
+        def forward(self, x, wide=False):
+            y = self.norm(self.conv(x).relu())
+            return self.last(F.pad(y, (1,1)) if wide and y.shape[3]>400 else y)
+    text = covers(Wide(), image(2,3,16,16))
+    assert 'Not covered: `shape[3] > 400`' in text and 'with wide=True' in text
+
+def test_attributes_of_tensors_are_given():
+    def f(s, x): return s.norm(s.conv(x)) if hasattr(x, 'lengths') else s.norm(s.conv(x).relu())
+    x = image(2,3,8,8)
+    x.lengths = [3]
+    model = randomize_norms(Fn(f, conv=conv(), norm=nn.BatchNorm2d(4)))
+    with torch.no_grad(): assert distance([BN_Folder().fold(model, x)(x)], [model(x)])<1e-5
 
 def counting(self, x):
     self.count = getattr(self, 'count', 0)+1

@@ -350,7 +350,38 @@ class Widths(TorchDispatchMode):
         if 'convolution' in func._schema.name and args[0].dtype is torch.float64: self.seen.add(args[0].shape[-1])
         return func(*args, **(kwargs or {}))
 
-def magnifying(by=100):
+class Unbiased(nn.Conv2d):
+    "Has no use for a bias."
+    def forward(self, x): return F.conv2d(x, self.weight, None, self.stride, self.padding)
+
+@pytest.mark.parametrize('verify', (True,False))
+def test_layer_that_does_not_ask_for_its_bias(verify):
+    class Scores(nn.Module):
+        "Beside -1e9, no difference would show."
+        def __init__(self):
+            super().__init__()
+            self.conv,self.norm = Unbiased(3, 4, 3, bias=False),nn.BatchNorm2d(4)
+        def forward(self, x): return self.norm(self.conv(x)).masked_fill(x[:,:1,1:-1,1:-1]>1, -1e9)
+    net,x,folder = randomize_norms(Scores()),sample(),BN_Folder(verify=verify)
+    check_fold(net, folder.fold(net, x), x)
+    assert 'norm' in names_of(folder.result.kept)
+
+@pytest.mark.parametrize('verify', (True,False))
+def test_positions_that_a_pool_returns(verify):
+    "A scale of zero would make all of them the same."
+    class Pools(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv,self.norm,self.pool = nn.Conv2d(3, 4, 3),nn.BatchNorm2d(4),nn.MaxPool2d(2, return_indices=True)
+        def forward(self, x):
+            y,at = self.pool(self.conv(x))
+            return self.norm(y),at
+    net,x,folder = randomize_norms(Pools()),sample(),BN_Folder(verify=verify)
+    with torch.no_grad(): net.norm.weight.abs_()[1] = 0
+    check_fold(net, folder.fold(net, x), x)
+    assert 'also says which values it picks' in reason(folder.result, 'norm')
+
+def magnifying(by=700):
     "The norm takes away what the convolution adds, and some digits with it."
     net = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3)))
     with torch.no_grad():

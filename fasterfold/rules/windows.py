@@ -71,7 +71,7 @@ def _check_window(op, a):
     need('counted' not in must or not a.shifts, f"{op.label} sums over positions, and their number changes with the size of the input")
     if 'rising' in must:
         need(bool((a.scale>=0).all()), f"{op.label} does not let a negative scale pass")
-        where = any(o is not None and o.users for o in op.outs[1:])
+        where = any(o is not None and (o.users or o.is_output) for o in op.outs[1:])
         need(not where or bool((a.scale>0).all()), f"{op.label} also says which values it picks")
     return a
 
