@@ -222,6 +222,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fasterfold.certify._spread': ('certify.html#_spread', 'fasterfold/certify.py'),
                                     'fasterfold.certify._standard': ('certify.html#_standard', 'fasterfold/certify.py'),
                                     'fasterfold.certify._static': ('certify.html#_static', 'fasterfold/certify.py'),
+                                    'fasterfold.certify._steps_of': ('certify.html#_steps_of', 'fasterfold/certify.py'),
                                     'fasterfold.certify._sub': ('certify.html#_sub', 'fasterfold/certify.py'),
                                     'fasterfold.certify._sum': ('certify.html#_sum', 'fasterfold/certify.py'),
                                     'fasterfold.certify._sum_over': ('certify.html#_sum_over', 'fasterfold/certify.py'),

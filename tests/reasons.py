@@ -124,6 +124,8 @@ OPS = { # what a reason says of an operation `#`: what must hold of the operatio
     "# sums over positions, and their number changes with the size of the input": named('sum'),
     "# takes it from itself": lambda o,n: o.name in ('add','sub','rsub') and twice(o, n),
     "# turns it into integers": lambda o,n: not o.out.dtype.is_floating_point,
+    "# keeps too few digits": lambda o,n: o.out.dtype.itemsize==1,
+    "# reads it as another type": lambda o,n: o.out.dtype!=o.args.self.dtype,
     "# turns several dimensions": lambda o,n: len(o.args.dims)!=1,
     "# weighs its terms": lambda o,n: o.args.alpha!=1 or o.args.beta not in (0,1)}
 

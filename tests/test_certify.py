@@ -473,6 +473,60 @@ def test_small_differences():
         not_proved(a, b, x)
         proved(a, a, x)
 
+def test_numbers_that_rounding_hides():
+    "What a factor makes of a number that is next to none may be anything."
+    def make(w, k): return Fn(lambda m,x: x*m.w*k, w=nn.Parameter(torch.tensor(w)))
+    for a,b in ((make(1., 1.), make(2e-38, 1e38)),(make(1., 1e-38), make(2e-38, 1.))): not_proved(a, b, torch.randn(3, 4))
+
+def test_merged_kernels_of_even_size():
+    "They have no middle."
+    same,wide = partial(nn.Conv1d, 4, 4, 2, padding='same', groups=4, bias=False),partial(nn.Conv2d, 3, 3, 2, dilation=2, padding=1, groups=3, bias=False)
+    for make,x in ((same,image(2, 4, 9)),(wide,image(2, 3, 8, 8))):
+        a = make().double()
+        b = copy.deepcopy(a)
+        with torch.no_grad(): b.weight += 1
+        not_proved(Fn(lambda m,x: m.c(x)+x, c=a), Fn(lambda m,x: m.c(x), c=b), x)
+
+def test_sums_along_another_dimension():
+    "Of the same size, with the same factors."
+    a,b = (nn.Parameter(image(4)) for _ in range(2))
+    def make(size, dims):
+        def f(m, x):
+            y = F.linear(x, torch.ones(size.numel(), 3, dtype=x.dtype)).unflatten(1, size)
+            return y.sigmoid()*m.a.reshape(dims)+y.tanh()*m.b.reshape(dims)
+        return Fn(f, a=a, b=b)
+    for dims,other in (((4,1),(1,4)),((4,1,1),(1,1,4)),((4,1),(1,4,1)),((1,4),(4,))):
+        size = torch.Size([4]*max(len(dims), len(other)))
+        same = [o for o in dims if o!=1 or 0]==[4] and len(size)-len(dims)+dims.index(4)==len(size)-len(other)+other.index(4)
+        assert certify(make(size, dims), make(size, other), image(2, 3)).proved==same
+
+@pytest.mark.parametrize('fill,dtype', [(2.7,torch.int64),(-1.5,torch.int32),(2,torch.bool)])
+def test_numbers_that_a_type_has_not(fill, dtype):
+    for f in (lambda m,x: x+torch.full_like(x, fill, dtype=dtype),lambda m,x: x+torch.full((x.shape[0],1), fill, dtype=dtype)):
+        not_proved(*by_hand(f, lambda m,x: x+fill), torch.randn(3, 4))
+
+@torch.library.custom_op('fasterfold_tests::clone', mutates_args=())
+def doubled(x:torch.Tensor)->torch.Tensor: return x*2
+doubled.register_fake(torch.empty_like)
+
+def through_memory(x):
+    y = x*2
+    torch.unsafe_chunk(y, 2, 1)[0].mul_(3)
+    return y
+
+looks_like = dict(type=(lambda x: x.view(torch.int32)+.5*x,lambda x: 1.5*x), namespace=(lambda x: torch.ops.fasterfold_tests.clone(x),torch.clone),
+    memory=(lambda x: (x*2).t().contiguous().as_strided((6,), (1,)),lambda x: (x*2).t().as_strided((6,), (1,))), alias=(through_memory,lambda x: x*2),
+    eight_bits=(lambda x: x.to(torch.float8_e4m3fn).float(),lambda x: x+0.))
+
+@pytest.mark.parametrize('f,g', looks_like.values(), ids=looks_like)
+def test_operations_that_look_like_others(f, g): not_proved(*by_hand(lambda m,x: f(x), lambda m,x: g(x)), torch.randn(3, 4))
+
+def test_a_remainder_is_a_condition():
+    "Only a size of one has other code for reasons of memory alone."
+    f = lambda m,x: x*3 if x.shape[1]%3==1 else x*2 # chkstyle: ignore
+    not_proved(*by_hand(lambda m,x: x*2, f), torch.randn(3, 6))
+    assert any('% 3' in g for g in proved(*by_hand(f, lambda m,x: x*2), torch.randn(3, 6)).guards)
+
 def test_masks():
     "Infinity is no number to calculate with, and the same as itself."
     def f(m, x): return (m.n(m.l(x))+torch.full_like(x, m.v).triu(1)).softmax(-1)
@@ -634,6 +688,13 @@ def test_a_certificate_is_a_file(tmp_path):
     assert Certificate.check(file, new) and not Certificate.check(file, net)
     p = program(new, x)
     assert Certificate.check(file, p)
+    of_programs = proved(program(net, x), p).save(tmp_path/'p.json')
+    class Negated(Blocks):
+        def forward(self, x): return -super().forward(x)
+    other = copy.deepcopy(new)
+    other.__class__ = Negated
+    torch.export.save(p, tmp_path/'p.pt2')
+    assert [Certificate.check(of_programs, o) for o in (p,torch.export.load(tmp_path/'p.pt2'),new,program(other, x))]==[True,True,True,False]
     with torch.no_grad(): new.head.bias[0] += 1e-6
     assert not Certificate.check(file, new)
     file.write_text('{}')

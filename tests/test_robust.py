@@ -381,6 +381,22 @@ def test_positions_that_a_pool_returns(verify):
     check_fold(net, folder.fold(net, x), x)
     assert 'also says which values it picks' in reason(folder.result, 'norm')
 
+@torch.library.custom_op('fasterfold_robust::clone', mutates_args=())
+def doubled(x:torch.Tensor)->torch.Tensor: return x*2+1
+
+@torch.library.custom_op('fasterfold_robust::relu', mutates_args=())
+def limited(input:torch.Tensor)->torch.Tensor: return input.clamp(0, 1)
+
+@pytest.mark.parametrize('verify', (True,False))
+@pytest.mark.parametrize('f', [doubled,limited,lambda x: x.to(torch.float8_e4m3fn).float(),lambda x: x.view(torch.bfloat16).float()], ids=['clone','relu','eight_bits','bits'])
+def test_operations_that_look_like_others(f, verify):
+    class Between(nn.Module):
+        def forward(self, x): return f(x)
+    net,folder,x = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Between(), nn.Conv2d(4, 2, 1, bias=False))),BN_Folder(verify=verify),sample()
+    del net[0]
+    with torch.no_grad(): assert torch.equal(*(m(x4).nan_to_num() for m in (folder.fold(net, x4 := torch.randn(2, 4, 8, 8)),net)))
+    assert not folder.result.folded
+
 def magnifying(by=700):
     "The norm takes away what the convolution adds, and some digits with it."
     net = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3)))

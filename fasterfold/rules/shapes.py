@@ -21,6 +21,8 @@ COPIES = ('alias','detach','clone','lift_fresh','_to_copy')
 @steps(*VIEWS, *COPIES)
 def _(op, shape):
     need(op.out.dtype.is_floating_point, f"{op.label} turns it into integers")
+    need(op.out.dtype.itemsize>1, f"{op.label} keeps too few digits")
+    need(op.name in COPIES or op.out.dtype==op.args.self.dtype, f"{op.label} reads it as another type")
     return [('view', op.out.shape)]
 
 # %% ../../nbs/rules/02_shapes.ipynb #b343fa68
