@@ -392,9 +392,9 @@ def limited(input:torch.Tensor)->torch.Tensor: return input.clamp(0, 1)
 def test_operations_that_look_like_others(f, verify):
     class Between(nn.Module):
         def forward(self, x): return f(x)
-    net,folder,x = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Between(), nn.Conv2d(4, 2, 1, bias=False))),BN_Folder(verify=verify),sample()
-    del net[0]
-    with torch.no_grad(): assert torch.equal(*(m(x4).nan_to_num() for m in (folder.fold(net, x4 := torch.randn(2, 4, 8, 8)),net)))
+    net,folder,x = randomize_norms(nn.Sequential(nn.BatchNorm2d(4), Between(), nn.Conv2d(4, 2, 1, bias=False))),BN_Folder(verify=verify),torch.randn(2, 4, 8, 8)
+    new = folder.fold(net, x)
+    with torch.no_grad(): assert torch.equal(new(x).nan_to_num(), net(x).nan_to_num())
     assert not folder.result.folded
 
 def magnifying(by=700):
