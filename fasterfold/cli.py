@@ -49,11 +49,13 @@ class _Group(TyperGroup):
 
 # %% ../nbs/17_cli.ipynb #b851a7cf
 @contextmanager
-def folding():
+def folding(
+    code:int=1, # Exit code of the command
+):
     "Turn a `FoldError` of the engine into a `Stop`."
     from fasterfold.state import FoldError
     try: yield
-    except FoldError as e: raise Stop(e, code=1) from e
+    except FoldError as e: raise Stop(e, code=code) from e
 
 # %% ../nbs/17_cli.ipynb #326089a3
 @block
@@ -288,7 +290,7 @@ _Check = Annotated[Path|None, typer.Option('--check', metavar='CERTIFICATE', hel
 def _belongs(file, paper, trust):
     "Say whether the certificate `paper` is about `file`."
     from fasterfold.certify import Certificate
-    with folding(): ok = Certificate.check(paper, open_model(file, trust, None, None).whole)
+    with folding(2): ok = Certificate.check(paper, open_model(file, trust, None, None).whole)
     typer.echo(f"{paper} {'proves that' if ok else 'proves nothing about'} {file}{' is what its original was.' if ok else ': it is about other weights, or not proved.'}")
     if not ok: raise typer.Exit(1)
 
@@ -298,13 +300,14 @@ def verify(file:_Original, folded:_Folded=None, trust:_Trust=False, sample:_Samp
     as_json:_Json=False):
     "Find out whether two models compute the same for every input of every size, from their programs and weights alone."
     if (folded is None)==(check is None): raise Stop('Give two files to compare, or one with --check CERTIFICATE.')
+    if check and (output or as_json): raise Stop('--check only says yes or no: leave -o and --json out.')
     if check: return _belongs(file, check, trust)
     check_outputs([output], [file,folded,sample], force)
     from fasterfold.certify import certify
     from fasterfold.program import is_program
     models = [open_model(o, trust, None, None) for o in (file,folded)]
     if len({is_program(m.whole) for m in models})>1: raise Stop('Give two exported programs, or two learners.')
-    with folding(): res = certify(*(m.whole for m in models), None if models[0].example is not None else models[0].sample(sample))
+    with folding(2): res = certify(*(m.whole for m in models), None if models[0].example is not None else models[0].sample(sample))
     if output:
         with new_files(output) as (tmp,): res.save(tmp)
     typer.echo(res.to_json() if as_json else str(res))

@@ -200,7 +200,8 @@ def fixed(
     "Comparisons of extents that no input of another size changes, where the model refused all others along a dimension that may vary."
     if all(any(t.sizes.get(k, n)!=n for t in cover.trials) for k,n in cover.labels.items()): return []
     asked = [a for a in _by_place(cover.trials).values() if not _extents(a, cover.trials)]
-    return [a[0][1] for a in asked if a[0][1].text.startswith('(') or not {'==','!='} & {*a[0][1].text.split()}]
+    def must(text): return ' == ' in text and '(' not in text # as channels must be as many as a layer has
+    return [a[0][1] for a in asked if not must(a[0][1].text.replace('!=', '=='))]
 
 # %% ../nbs/07_cover.ipynb #5a1c7c02
 def asked_alike(

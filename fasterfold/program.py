@@ -21,7 +21,7 @@ from .state import FoldError, copy_model
 # %% ../nbs/10_program.ipynb #d0c5d503
 def _called(n):
     "The ATen operation that the node `n` calls, without overload; empty if it calls none."
-    return n.target._schema.name.split('::')[-1] if isinstance(n.target, torch._ops.OpOverload) else ''
+    return n.target._schema.name.removeprefix('aten::') if isinstance(n.target, torch._ops.OpOverload) else ''
 
 def _given(n): return dict(zip([a.name for a in n.target._schema.arguments], n.args)) | n.kwargs
 

@@ -289,8 +289,9 @@ def has_batch(self:Sample)->bool:
 @patch(as_prop=True)
 def labels(self:Sample)->dict:
     "Label of each dimension to its extent. The channels of images are none."
-    res = {k:n for t in filter(_is_free, tree_flatten((self.args,self.kwargs))[0]) for k,n in zip(_labels(t, self.has_batch), t.shape)}
-    return {k:n for k,n in res.items() if n and k not in self.channels}
+    batch,channels = self.has_batch,self.channels
+    res = {k:n for t in filter(_is_free, tree_flatten((self.args,self.kwargs))[0]) for k,n in zip(_labels(t, batch), t.shape)}
+    return {k:n for k,n in res.items() if n and k not in channels}
 
 # %% ../nbs/02_sample.ipynb #5a1cf011
 def _channels(t, labels): return labels[1:2] if t.dim()>3 and t.is_floating_point() else []
@@ -298,7 +299,8 @@ def _channels(t, labels): return labels[1:2] if t.dim()>3 and t.is_floating_poin
 @patch(as_prop=True)
 def channels(self:Sample)->dict:
     "Label of the dimension of each image that holds its channels, where they come first, to its extent."
-    return {k:k[0] for t in filter(_is_free, tree_flatten((self.args,self.kwargs))[0]) for k in _channels(t, _labels(t, self.has_batch))}
+    batch = self.has_batch
+    return {k:k[0] for t in filter(_is_free, tree_flatten((self.args,self.kwargs))[0]) for k in _channels(t, _labels(t, batch))}
 
 # %% ../nbs/02_sample.ipynb #b83ebc38
 def _fit(t, sizes, batch):

@@ -500,7 +500,7 @@ def test_sums_along_another_dimension():
         same = [o for o in dims if o!=1 or 0]==[4] and len(size)-len(dims)+dims.index(4)==len(size)-len(other)+other.index(4)
         assert certify(make(size, dims), make(size, other), image(2, 3)).proved==same
 
-@pytest.mark.parametrize('fill,dtype', [(2.7,torch.int64),(-1.5,torch.int32),(2,torch.bool)])
+@pytest.mark.parametrize('fill,dtype', [(2.7,torch.int64),(-1.5,torch.int32),(2,torch.bool),(2049.,torch.float16)])
 def test_numbers_that_a_type_has_not(fill, dtype):
     for f in (lambda m,x: x+torch.full_like(x, fill, dtype=dtype),lambda m,x: x+torch.full((x.shape[0],1), fill, dtype=dtype)):
         not_proved(*by_hand(f, lambda m,x: x+fill), torch.randn(3, 4))
@@ -509,6 +509,12 @@ def test_numbers_that_a_type_has_not(fill, dtype):
 def doubled(x:torch.Tensor)->torch.Tensor: return x*2
 doubled.register_fake(torch.empty_like)
 
+def rebound(x):
+    y,z = x*2,x*1
+    torch.ops.aten.set_(z, y)
+    z.mul_(3)
+    return y
+
 def through_memory(x):
     y = x*2
     torch.unsafe_chunk(y, 2, 1)[0].mul_(3)
@@ -516,7 +522,7 @@ def through_memory(x):
 
 looks_like = dict(type=(lambda x: x.view(torch.int32)+.5*x,lambda x: 1.5*x), namespace=(lambda x: torch.ops.fasterfold_tests.clone(x),torch.clone),
     memory=(lambda x: (x*2).t().contiguous().as_strided((6,), (1,)),lambda x: (x*2).t().as_strided((6,), (1,))), alias=(through_memory,lambda x: x*2),
-    eight_bits=(lambda x: x.to(torch.float8_e4m3fn).float(),lambda x: x+0.))
+    other_memory=(lambda x: rebound(x),lambda x: x*2), eight_bits=(lambda x: x.to(torch.float8_e4m3fn).float(),lambda x: x+0.))
 
 @pytest.mark.parametrize('f,g', looks_like.values(), ids=looks_like)
 def test_operations_that_look_like_others(f, g): not_proved(*by_hand(lambda m,x: f(x), lambda m,x: g(x)), torch.randn(3, 4))
@@ -526,6 +532,20 @@ def test_a_remainder_is_a_condition():
     f = lambda m,x: x*3 if x.shape[1]%3==1 else x*2 # chkstyle: ignore
     not_proved(*by_hand(lambda m,x: x*2, f), torch.randn(3, 6))
     assert any('% 3' in g for g in proved(*by_hand(f, lambda m,x: x*2), torch.randn(3, 6)).guards)
+
+def test_channels_of_any_number():
+    "A deformable convolution says how many it takes by its kernel alone."
+    w = nn.Parameter(torch.randn(4, 3, 3, 3))
+    def f(m, x, o): return torchvision.ops.deform_conv2d(x, o, m.w, padding=1)
+    x,o = torch.randn(2, 3, 6, 7),torch.randn(2, 18, 6, 7)
+    res = certify(Fn(f, w=w), Fn(f, w=w), (x, o))
+    assert res.proved and 'fails' not in res.why, res
+
+@pytest.mark.parametrize('held', [torch.eye(3).to_sparse(),torch.eye(3, device='meta')], ids=['sparse','meta'])
+def test_weights_that_cannot_be_read(held):
+    net = nn.Sequential(nn.Linear(3, 4))
+    net.register_buffer('held', held)
+    assert certify(net, net, torch.randn(2, 3)).verdict in ('proved','not decided')
 
 def test_masks():
     "Infinity is no number to calculate with, and the same as itself."
@@ -717,6 +737,8 @@ def test_command(tmp_path):
     assert res.exit_code==0 and res.stdout.startswith('Proved') and Certificate.load(tmp_path/'paper.json').proved, res.output
     res = call('verify', a, c, '--json')
     assert res.exit_code==1 and json.loads(res.stdout)['verdict']=='not the same'
+    assert_refused(call('verify', b, '--check', tmp_path/'none.json'), 'cannot be read as a certificate')
+    assert_refused(call('verify', b, '--check', tmp_path/'paper.json', '-o', tmp_path/'more.json'), 'leave -o and --json out')
     assert call('verify', b, '--check', tmp_path/'paper.json').exit_code==0 and call('verify', c, '--check', tmp_path/'paper.json').exit_code==1
     assert_refused(call('verify', a, b, '-o', tmp_path/'paper.json'), 'exists already')
     assert_refused(call('verify', a), 'two files')
