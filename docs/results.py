@@ -191,7 +191,7 @@ def lines(
 def latency_part(path:Path)->str:
     "Tables and bars of one device: each engine and type, then growth."
     d = load(path)
-    parts = [f"### {'GPU' if 'cuda' in d['environment'] else 'CPU'}", described(d['environment'])+'.', again('latency.py')]
+    parts = [f"### {'GPU' if 'cuda' in d['environment'] else 'CPU'}: {d['environment'].get('device', path.stem)}", described(d['environment'])+'.', again('latency.py')]
     for (engine,dtype),rows in grouped(d['latency'], 'engine', 'dtype').items():
         cols = list(dict.fromkeys(r['variant'] for r in rows))
         groups = by_variant(rows, 'model', 'batch')
