@@ -598,8 +598,11 @@ def _mark_parts(tracer, parts, ways):
 
 # %% ../nbs/04_trace.ipynb #5a1c5019
 def _unfix(graph, names):
-    "The buffers that `names` are among, and what was computed from them, are constants no more: the pass wrote to them."
-    for v in graph.leaves: v.const = v.const and not any(n in names for n in v.names)
+    "The buffers that `names` are among, and what was computed from them, are constants no more: the pass wrote to them. Counters, which nothing else reads, stay."
+    wrote = {v.store for v in graph.leaves if any(n in names for n in v.names)}
+    def reads(o): return [v.store for v in o.inputs if v.store in wrote and v.store not in o.writes] if not o.args.get('training') else []
+    read = {s for o in graph.ops for s in reads(o)}
+    for v in graph.leaves: v.const = v.const and v.store not in read
     for o in graph.ops:
         if not all(v.const for v in o.inputs):
             for v in filter(None, o.outs): v.const = False
