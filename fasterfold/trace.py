@@ -181,8 +181,8 @@ _deciding = {torch.Tag.data_dependent_output,torch.Tag.dynamic_output_shape}
 @lru_cache(None)
 def _schema(func):
     "Default of each argument, names of the arguments written to, name of an ATen operation, whether it draws no random numbers, whether it is made of others, and whether numbers decide what comes out besides numbers."
-    args,name = func._schema.arguments,func._schema.name
-    for o in ('aten','torchvision'): name = name.removeprefix(f'{o}::') # others may have names that these have, too
+    args,(of,name) = func._schema.arguments,func._schema.name.split('::')
+    if of not in ('aten','torchvision') and hasattr(torch.ops.aten, name): name = f'{of}::{name}' # it is another one
     writes = [a.name for a in args if a.alias_info is not None and a.alias_info.is_write]
     pure = torch.Tag.nondeterministic_seeded not in func.tags
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _composite)
