@@ -382,6 +382,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fasterfold.cover._further': ('cover.html#_further', 'fasterfold/cover.py'),
                                   'fasterfold.cover._images': ('cover.html#_images', 'fasterfold/cover.py'),
                                   'fasterfold.cover._is_both': ('cover.html#_is_both', 'fasterfold/cover.py'),
+                                  'fasterfold.cover._keys': ('cover.html#_keys', 'fasterfold/cover.py'),
                                   'fasterfold.cover._line': ('cover.html#_line', 'fasterfold/cover.py'),
                                   'fasterfold.cover._listed': ('cover.html#_listed', 'fasterfold/cover.py'),
                                   'fasterfold.cover._maps': ('cover.html#_maps', 'fasterfold/cover.py'),

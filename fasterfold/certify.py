@@ -261,6 +261,8 @@ def read(self:Table,
     return x.like(core, k)
 
 # %% ../nbs/14_certify.ipynb #ce27001e
+_ours = 'aten','torchvision' # whose operations the laws are about, and no others of the same name
+
 LAWS = {} # name of an operation to its law
 
 def law(*names):
@@ -473,7 +475,7 @@ _fresh = '''conv linear matmul batch_norm instance_norm layer_norm group_norm po
 
 def _aliases(f):
     "May what `f` returns be the memory of what it gets?"
-    if any(r.alias_info for r in f._schema.returns) or any(k in f._schema.name for k in ('unsafe','set_')): return True # those do not say so
+    if any(r.alias_info for r in f._schema.returns) or 'unsafe' in f._schema.name: return True # which do not say so
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(f.name(), 'CompositeImplicitAutograd')
     return composite and not any(k in f._schema.name for k in _fresh)
 
@@ -580,8 +582,6 @@ def arguments(self:Walk, n):
     return res
 
 # %% ../nbs/14_certify.ipynb #ce270040
-_ours = 'aten','torchvision' # whose operations the laws are about, and no others of the same name
-
 @patch
 def computed(self:Walk, n, a):
     "What `n` gives if all that it gets is stored, computed as the model does."
@@ -622,7 +622,7 @@ def pure(self:Walk, f, a):
     tags,name = f.tags,f._schema.name
     seeded = torch.Tag.nondeterministic_seeded in tags and a.dropout_p!=0
     counts = any(p.name=='running_mean' for p in f._schema.arguments) # and may write that
-    memory = any(k in name for k in ('empty','as_strided','resize','set_')) # as it lies, or as it was before
+    memory = any(k in name for k in ('empty','as_strided','resize')) # as it lies, or as it was before
     if f.namespace not in _ours or seeded or counts or torch.Tag.maybe_aliasing_or_mutating in tags or memory: raise Undecided("no law")
 
 # %% ../nbs/14_certify.ipynb #ce270044
@@ -631,7 +631,8 @@ def write(self:Walk, n):
     "Know that `n` writes to what it gets first."
     x = n.args[0]
     others = [p for p in n.target._schema.arguments[1:] if p.alias_info and p.alias_info.is_write]
-    if others or not isinstance(x, Node) or self.root[x]&self.weights or self.name(n)=='set': raise told(Undecided("writes to a weight, or to several values"), n)
+    if self.name(n)=='set': raise told(Undecided("takes the memory of another value"), n)
+    if others or not isinstance(x, Node) or self.root[x]&self.weights: raise told(Undecided("writes to a weight, or to several values"), n)
     self.same[n] = self.same.get(x, x)
     for o in [*self.env]:
         if self.root[o].isdisjoint(self.root[n]): continue
@@ -719,9 +720,9 @@ def _dropout(w, a, n):
 def _full(w, a, n):
     "The same number everywhere, however large it is, as its type has it."
     v = 0 if 'zeros' in (k := w.name(n)) else 1 if 'ones' in k else number(a.fill_value)
-    v = v if v is None or isinstance(v, Ball) else Ball(float(v))
-    if v is not None: v = Ball(torch.full((), v.m.item(), dtype=n.meta['val'].dtype).double())
-    return same_function(w, a, n) if v is None or not v.m.isfinite() else Val(None, ZERO, v)
+    if v is None: return same_function(w, a, n)
+    held = torch.full((), float(v.m if isinstance(v, Ball) else v), dtype=n.meta['val'].dtype).double()
+    return Val(None, ZERO, Ball(held)) if held.isfinite() else same_function(w, a, n)
 
 # %% ../nbs/14_certify.ipynb #ce270053
 def _standard(w, a, n, key, d):
@@ -1126,9 +1127,9 @@ def _where(n):
 
 def _hash(model):
     "A fingerprint of names, types, shapes and numbers of all weights."
-    res = hashlib.sha256()
     if isinstance(model, ExportedProgram): held = {**model.state_dict, **{k:model.constants[k] for k in model.graph_signature.buffers if k in model.constants}}
     else: held = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    res = hashlib.sha256()
     for k,t in sorted(held.items()):
         t = t.detach().to_dense() if t.layout is not torch.strided else t.detach()
         t = torch.empty(0) if t.is_meta else t.cpu().contiguous()

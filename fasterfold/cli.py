@@ -291,7 +291,7 @@ def _belongs(file, paper, trust):
     "Say whether the certificate `paper` is about `file`."
     from fasterfold.certify import Certificate
     with folding(2): ok = Certificate.check(paper, open_model(file, trust, None, None).whole)
-    typer.echo(f"{paper} {'proves that' if ok else 'proves nothing about'} {file}{' is what its original was.' if ok else ': it is about other weights, or not proved.'}")
+    typer.echo(f"{paper} {'proves that' if ok else 'proves nothing about'} {file}{' is what its original was.' if ok else ': it is about other weights or another program, or not proved.'}")
     if not ok: raise typer.Exit(1)
 
 @app.command(epilog=_examples('fasterfold verify model.pt2 folded.pt2 -o certificate.json', 'fasterfold verify folded.pt2 --check certificate.json',

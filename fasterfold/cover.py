@@ -130,8 +130,8 @@ def another(
     "A trial with as many other extents as the model takes."
     labels = sample.labels
     rest = {k:(i,n) for i,(k,n) in enumerate((k,n) for k,n in labels.items() if k!='batch')}
-    b = labels.get('batch', 0)
-    batches = [{'batch':n} for n in dict.fromkeys((1 if b>1 else 2, b//2, 2*b)) if n and n!=b] if b else []
+    b = labels.get('batch')
+    batches = [{'batch':n} for n in ((1,b//2,2*b) if b>1 else (2,))] if b else []
     batch = batches[0] if b else {}
     def awkwards(least, apart=1): return {k:awkward(n, i*apart, least) for k,(i,n) in rest.items()}
     tried = list(dict.fromkeys(tuple((batch|o).items()) for o in (awkwards(32),awkwards(64),awkwards(32, 0)))) # also square images
@@ -140,7 +140,9 @@ def another(
     batch,alone = next(((o, t) for o in batches if (t := attempt(o)) is not None), ({},None))
     def each(extents):
         "Of each label the first extent that the model takes with all else as it is."
-        return {k:m for k,(i,n) in rest.items() for m in [next((m for m in dict.fromkeys(extents(i, n)) if attempt(batch|{k:m}) is not None), None)] if m}
+        res = {}
+        for k,(i,n) in rest.items(): res |= next(({k:m} for m in dict.fromkeys(extents(i, n)) if attempt(batch|{k:m}) is not None), {})
+        return res
     def awkward_alone(i, n): return awkward(n, i, 64), awkward(n, i, None) if n>64 else awkward(n, i+1)
     def multiple(i, n): return (n//2,2*n) if n%2==0 else (2*n,)
     for sizes in (partial(each, awkward_alone), partial(_images, sample), partial(each, multiple)):
@@ -158,10 +160,15 @@ def _by_place(trials):
             res.setdefault((q.where, n), []).append((t, q))
     return res
 
+def _keys(questions):
+    "Of the sizes and numbers that were compared."
+    keys = []
+    for q in questions: q.again(lambda key,n: keys.append(key) or n)
+    return keys
+
 def _extents(asked, trials):
     "What each size and number that was compared is in `trials`, as far as it differs: pairs (trial, extent) by its key."
-    keys = []
-    for _,q in asked: q.again(lambda key,n: keys.append(key) or n)
+    keys = _keys(q for _,q in asked)
     seen = {k:[(t, t.graph.watch.sizes[k]) for t in trials if t.graph.watch and k in t.graph.watch.sizes] for k in keys}
     return {k:pairs for k,pairs in seen.items() if len({n for _,n in pairs})>1}
 
@@ -189,9 +196,9 @@ def asked_by_place(
 # %% ../nbs/07_cover.ipynb #961f17f3
 def open_questions(
     trials:list, # `Trial`s
-)->dict: # (place in the code, text) to pairs (trial, question)
+)->dict: # (place in the code, text, what was compared first) to pairs (trial, question)
     "Comparisons that depend on the input and came out the same way in all `trials`."
-    return {(where,a[0][1].text):a for where,comparisons in asked_by_place(trials).items() for a in comparisons if not _is_both(a)}
+    return {(where,a[0][1].text,a[0][1].numbers):a for where,comparisons in asked_by_place(trials).items() for a in comparisons if not _is_both(a)}
 
 # %% ../nbs/07_cover.ipynb #52fca985
 def fixed(
@@ -200,8 +207,8 @@ def fixed(
     "Comparisons of extents that no input of another size changes, where the model refused all others along a dimension that may vary."
     if all(any(t.sizes.get(k, n)!=n for t in cover.trials) for k,n in cover.labels.items()): return []
     asked = [a for a in _by_place(cover.trials).values() if not _extents(a, cover.trials)]
-    def must(text): return ' == ' in text and '(' not in text # as channels must be as many as a layer has
-    return [a[0][1] for a in asked if not must(a[0][1].text.replace('!=', '=='))]
+    def must(text): return '(' not in text and not {'==','!='}.isdisjoint(text.split()) # as channels must be as many as a layer has
+    return [a[0][1] for a in asked if not must(a[0][1].text)]
 
 # %% ../nbs/07_cover.ipynb #5a1c7c02
 def asked_alike(
@@ -379,22 +386,21 @@ def otherwise_given(
 )->list: # Pairs (what, `Sample`)
     "Samples with one more of the arguments or without one, or with fewer or more entries in one."
     params,given = _arguments(model, sample)
-    several = sum(bool(tensors_of(v)) for v in given.values())>1
+    several,free = sum(bool(tensors_of(v)) for v in given.values())>1,not_given(model, sample)
+    flipped = {n:neighbours(v)[0] for n,v in free.items() if neighbours(v)}
+    least = {n:p.default for n,p in params.items() if n in given and p.default is not p.empty and (tensors_of(given[n]) or given[n]!=p.default)}
     def other(n, v):
         p = params[n]
-        if p.kind not in (p.VAR_POSITIONAL,p.VAR_KEYWORD):
-            if p.default is p.empty: yield from [(f'{n}=None',None)]*bool(several and tensors_of(v))
-            elif tensors_of(v) or v!=p.default: yield f'{n}={p.default!r}',p.default
+        if n in least: yield f'{n}={p.default!r}',p.default
+        elif several and tensors_of(v) and p.default is p.empty and p.kind not in (p.VAR_POSITIONAL,p.VAR_KEYWORD): yield f'{n}=None',None
         yield from fewer_or_more(v)
     def put(changed):
         bound = _bound(model, sample)
         bound.arguments.update(changed)
         return Sample(bound.args, bound.kwargs, sample.parts)
     def together(changed): return [(', '.join(f'{n}={v!r}' for n,v in changed.items()), put(changed))]*(len(changed)>1)
-    free = not_given(model, sample)
-    res = [(f'{n}={o!r}',put({n:o})) for n,v in free.items() for o in neighbours(v)]+[(what,put({n:o})) for n,v in given.items() for what,o in other(n, v)]
-    least = {n:params[n].default for n,v in given.items() if params[n].default is not params[n].empty and (tensors_of(v) or v!=params[n].default)}
-    return res+together({n:neighbours(v)[0] for n,v in free.items() if neighbours(v)})+together(least)
+    more = [(f'{n}={o!r}',put({n:o})) for n,v in free.items() for o in neighbours(v)]
+    return more+[(what,put({n:o})) for n,v in given.items() for what,o in other(n, v)]+together(flipped)+together(least)
 
 # %% ../nbs/07_cover.ipynb #5a1cc031
 def unvaried(
@@ -417,9 +423,9 @@ def unasked(
     cover:Cover, # Of some inputs
 )->list: # Names
     "Integers among the arguments that are compared with nothing: they may count, or choose one of several."
-    s,texts = cover.trials[0].sample,[q.text for q in cover.questions('size')]
-    found = [(k, f'number {i}') for i,(k,v) in enumerate(zip(_by_leaf(cover.model, s), tree_flatten((s.args,s.kwargs))[0])) if type(v) is int]
-    return list(dict.fromkeys(k for k,n in found if not any(n in t for t in texts)))
+    s,asked = cover.trials[0].sample,{*_keys(cover.questions('size'))}
+    leaves = zip(_by_leaf(cover.model, s), tree_flatten((s.args,s.kwargs))[0])
+    return list(dict.fromkeys(k for i,(k,v) in enumerate(leaves) if type(v) is int and i not in asked))
 
 def opaque(
     sample:Sample, # What a model is called with
@@ -434,7 +440,7 @@ def _turn(cover):
     while len(looked)<_turned_at_most:
         left = {k:a for k,a in open_questions(cover.trials).items() if k not in looked}
         if not left: return
-        key = min(left, key=lambda k: sum(w==k[0] for w,_ in looked)) # a loop may ask at one place for ever
+        key = min(left, key=lambda k: sum(w==k[0] for w,*_ in looked)) # a loop may ask at one place for ever
         asked = left[key]
         tries = [(sizes,) for sizes in turning(asked, cover.trials, cover.labels)]
         tries += [(_smallest(asked)[0].sizes, s, what) for what,s in turning_numbers(asked)]

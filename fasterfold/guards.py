@@ -191,7 +191,7 @@ class Watch(TorchFunctionMode):
         before = self.busy
         asked = _asked_in([*args,*kwargs.values()])
         self.busy = before or bool(asked)
-        if any(w in name for w in _windows):
+        if asked and any(w in name for w in _windows):
             for a in asked:
                 if not a.text.startswith('shape[') or ' ' in a.text: self.note('size', a.text, (a.plain,), a.plain, a.again)
         try: return func(*args, **kwargs)

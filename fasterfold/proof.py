@@ -44,7 +44,9 @@ def _apart(a, b):
     fin = b.isfinite()
     if not torch.equal(a.isfinite(), fin): return float('inf')
     a,b = a[fin],b[fin]
-    if (off := a!=b).any(): a,b = (t[b.abs()<=_hides*b[off].abs().max()] for t in (a,b)) # what is the same anyway, such as -1e9 where a mask says so
+    size,off = b.abs(),a!=b
+    most = _hides*size.where(off, 0).amax() if off.any() else 0
+    if 0<most<size.amax(): a,b = a[size<=most],b[size<=most] # without what is the same anyway, such as -1e9 where a mask says so
     return ((a-b).norm()/b.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
 
 def distance(

@@ -181,7 +181,9 @@ class Sample:
         model, # Any function
     ):
         "Make the calls before the last."
-        for _ in range(self.calls-1): interruptible(model, *(given := self.copied())[0], **given[1])
+        for _ in range(self.calls-1):
+            args,kwargs = self.copied()
+            interruptible(model, *args, **kwargs)
 
     def call(self,
         model, # Any function

@@ -302,11 +302,12 @@ class Still:
 
     @property
     def changed(self):
-        "Names of what `model` holds otherwise now, as a call changes it of which the next one depends."
-        names = {m:f'{n}.'.lstrip('.') for n,m in self.model.named_modules()}
-        found = [f"{names.get(m, '')}{k}" for m,k in self.before.changed()]
+        "Names of what `model` holds otherwise now, after a call on which the next one may depend."
+        found = [*self.before.changed()]
         wrote = {id(b) for b,version,*_ in self.buffers if version is not None and b._version!=version}
-        return list(dict.fromkeys(found+[n for n,b in self.model.named_buffers() if id(b) in wrote]))
+        if not found and not wrote: return []
+        names = {m:f'{n}.'.lstrip('.') for n,m in self.model.named_modules()}
+        return list(dict.fromkeys([f"{names.get(m, '')}{k}" for m,k in found]+[n for n,b in self.model.named_buffers() if id(b) in wrote]))
 
     def restore(self):
         "Let `model` be as it was."

@@ -226,7 +226,7 @@ class Tracer(Dispatch):
         still=None, # A `Still` of it, if there is one
     ):
         super().__init__()
-        self.graph,self.known,self.stack,self.given = Graph(),_Known(),[],sample # `stack`: the module calls we are in
+        self.graph,self.known,self.stack = Graph(),_Known(),[] # `stack`: the module calls we are in
         self.stores,self.written,self.watch = 0,{},None # how many storages there are, and the last write to each
         self.passed = _Known() # what a module wrote to and returned, which another tensor stands for since
         self.varying = set() # storages of leaves, and those that were written to with something that is not the same for every input
@@ -608,13 +608,13 @@ def _unfix(graph, names):
             for v in filter(None, o.outs): v.const = False
 
 # %% ../nbs/04_trace.ipynb #9478a644
-def _pass(tracer, model, sample, watch):
-    "Run `model` under `tracer`, and note what it returns."
-    graph,(args,kwargs) = tracer.graph,tracer.given
+def _pass(tracer, model, sample, given):
+    "Run `model` on the arguments `given`, copies of those in `sample`, under `tracer`, and note what it returns."
+    graph,(args,kwargs) = tracer.graph,given
     with tracer.hooked(), tracer.listed(model), tracer:
         tracer.listen()
         try:
-            with watch or nullcontext(): out = ask(model, args, kwargs, sample.parts)
+            with tracer.watch or nullcontext(): out = ask(model, args, kwargs, sample.parts)
         except FoldError: raise
         except Exception as e:
             what = f"The model does not run on the sample (shapes {sample}): {type(e).__name__}: {e}\n"
@@ -631,12 +631,12 @@ def _record(model, sample, watched, still):
     still,known = still or Still(model),{}
     with preserved(still, partial(sample.call, model)):
         sample.ahead(model)
-        tracer = Tracer(model, sample.copied(), still)
-        graph,watch = tracer.graph,Watch(tracer.owns) if watched else None
+        tracer = Tracer(model, given := sample.copied(), still)
+        graph = tracer.graph
         if watched:
-            tracer.watch = graph.watch = watch
-            tracer.given = watch.numbers(tracer.given)
-        _pass(tracer, model, sample, watch)
+            tracer.watch = graph.watch = Watch(tracer.owns)
+            given = graph.watch.numbers(given)
+        _pass(tracer, model, sample, given)
         graph.changed = still.changed
         _unfix(graph, graph.changed)
     for op in graph.ops: _add_absent(op, graph, known)

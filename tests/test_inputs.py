@@ -129,6 +129,10 @@ def levels(self, x):
         res.append(last(even(norm(x))).mean((2,3)))
     return torch.stack(res)
 
+def wide(x): return F.pad(x, (0,1)) if x.shape[-1]>400 else x
+
+def two_levels(self, x): return wide(F.max_pool2d(self.last(wide(self.norm(self.conv(x).relu()))), 2))
+
 def halves(self, a, b):
     "As if both had one length."
     u,v = torch.cat([self.norm(self.first(a).relu()),self.second(b).relu()], 2).chunk(2, 2)
@@ -252,6 +256,7 @@ def situations():
     add('square_images_only', Fn(square, **last()), image(2,3,32,32), image(2,3,33,33), image(1,3,65,65))
     add('one_function_at_every_level', Fn(levels, conv=conv(3,3,padding=1), norms=norms(3, 3), lasts=nn.ModuleList([conv(3,2,1) for _ in range(3)])),
         image(2,3,32,32), image(2,3,36,36), image(2,3,44,52), image(2,3,40,36))
+    add('one_function_at_two_sizes', Fn(two_levels, **last()), image(1,3,64,64), image(1,3,8,411), image(2,3,8,900))
     add('padding_from_a_size', Fn(lambda s,x: s.last(F.conv2d(s.norm(s.conv(x).relu()), s.last.weight.new_ones(4,4,3,3), padding=x.shape[2]//128)), **last()),
         y, image(2,3,64,64), image(1,3,130,130))
     add('window_from_a_size', Fn(lambda s,x: s.last(F.avg_pool2d(s.norm(s.conv(x).relu()), k := x.shape[2]//32+1, 1, k//2)), **last()), y, image(2,3,64,64), image(1,3,32,32))
@@ -274,7 +279,7 @@ def situations():
 by_data = {'nothing_masked','short_batch','odd_width','wide','sign_of_the_mean','loudness','truth_as_argument','pad_if_needed','shapes_that_agree','two_questions_in_one_line',
     'area','twice_as_high','two_remainders','halved_in_a_loop','large_integer','negative_integer','large_float','negative_float','fifth_of_many',
     'cut_at_a_number','larger_side','sizes_together','bits_of_a_size','division_by_a_size','cut_at_a_larger_number','pieces_of_a_length',
-    'channels_last','frames_of_a_clip','clips_of_eight_frames','square_images_only','one_function_at_every_level','padding_from_a_size','window_from_a_size',
+    'channels_last','frames_of_a_clip','clips_of_eight_frames','square_images_only','one_function_at_every_level','one_function_at_two_sizes','padding_from_a_size','window_from_a_size',
     'one_input_longer','one_twin_larger','two_conditions_left_out','two_flags_on','view_of_what_a_norm_made','written_to_after_a_norm',
     'condition_left_out','condition_left_out_by_name','one_view_less','one_view_less_in_a_tuple','one_sensor_less','one_argument_less','domain_of_a_whole_batch'} # what only a run can show
 
