@@ -1080,6 +1080,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fasterfold.state._collect': ('state.html#_collect', 'fasterfold/state.py'),
                                   'fasterfold.state._copied': ('state.html#_copied', 'fasterfold/state.py'),
                                   'fasterfold.state._drawn': ('state.html#_drawn', 'fasterfold/state.py'),
+                                  'fasterfold.state._draws': ('state.html#_draws', 'fasterfold/state.py'),
                                   'fasterfold.state._extent': ('state.html#_extent', 'fasterfold/state.py'),
                                   'fasterfold.state._is_as': ('state.html#_is_as', 'fasterfold/state.py'),
                                   'fasterfold.state._is_plain': ('state.html#_is_plain', 'fasterfold/state.py'),

@@ -169,12 +169,19 @@ def all_modules(
     return res
 
 # %% ../nbs/01_state.ipynb #a139ae3f
+_generators = [ # (kind of random number generator, functions that give and set its state)
+    (torch.Generator, torch.Generator.get_state, torch.Generator.set_state), (random.Random, random.Random.getstate, random.Random.setstate),
+    (np.random.RandomState, np.random.RandomState.get_state, np.random.RandomState.set_state),
+    (np.random.Generator, lambda g: g.bit_generator.state, lambda g,state: setattr(g.bit_generator, 'state', state))]
+
+def _draws(o): return next(((o, get(o), put) for kind,get,put in _generators if isinstance(o, kind) and not isinstance(o, random.SystemRandom)), None)
+
 _numbers,_no_objects = (array,bytearray,np.ndarray),(type,ModuleType,nn.Module,Tensor,FunctionType,MethodType,partial)
 
 def _collect(o, res, deep, depth=3):
-    "Put into `res`, by `id`, the containers that `o` is and holds; if `deep`, also tensors, and what functions and attributes of objects hold."
+    "Put into `res`, by `id`, the containers that `o` is and holds; if `deep`, also tensors, random number generators, and what functions and attributes of objects hold."
     if type(o) in _as_is or not depth or id(o) in res: return
-    if isinstance(o, (dict,list,set,deque,*_numbers)) or deep and isinstance(o, Tensor) and not isinstance(o, nn.Parameter): res[id(o)] = o
+    if isinstance(o, (dict,list,set,deque,*_numbers)) or deep and (isinstance(o, Tensor) and not isinstance(o, nn.Parameter) or _draws(o)): res[id(o)] = o
     elif type(o) is not tuple and deep and not isinstance(o, _no_objects) and type(attrs := getattr(o, '__dict__', None)) is dict: res[id(attrs)] = o = attrs
     if deep and isinstance(o, FunctionType):
         for k in o.__code__.co_names: _collect(o.__globals__.get(k), res, deep, depth-1)
@@ -209,7 +216,7 @@ class Structure:
         model:nn.Module, # Any model
         deep:bool=False, # Also what its hooks, functions and objects hold, and the tensors that are no buffers?
     ):
-        self.modules,self.tensors = [],[]
+        self.modules,self.tensors,self.draws = [],[],[]
         for m in all_modules(model):
             own,more = vars(m),{}
             for _,v in _own(m): _collect(v, more, deep)
@@ -218,7 +225,8 @@ class Structure:
             held = [*map(own.get, _kinds)]
             if more:
                 self.tensors += [o for o in more.values() if isinstance(o, Tensor)]
-                held += [o for o in more.values() if not isinstance(o, (Tensor,*_numbers))]
+                self.draws += filter(None, map(_draws, more.values()))
+                held += [o for o in more.values() if not isinstance(o, (Tensor,*_numbers)) and not _draws(o)]
             full = [(o, o.copy()) for o in held if o and isinstance(o, (dict,set,list,deque))]
             full += [(o, copy.copy(o)) for o in more.values() if isinstance(o, _numbers)]
             self.modules.append((m, m.__class__, own.copy(), [o for o in held if not o], full, _scripted(m)))
@@ -243,6 +251,7 @@ class Structure:
             for o in filter(None, empty): o.clear()
             for o,old in full: refill(o, old)
             _put_scripted(m, scripted)
+        for o,state,put in self.draws: put(o, state)
 
 # %% ../nbs/01_state.ipynb #5a1c0f02
 @lru_cache(None)

@@ -6,7 +6,7 @@
 __all__ = ['Value', 'Op', 'Call', 'Graph', 'made_of', 'user_hooks', 'Tracer', 'trace', 'glance']
 
 # %% ../nbs/04_trace.ipynb #fc73e20c
-import inspect, torch, torch.nn.functional as F, weakref
+import inspect, re, torch, torch.nn.functional as F, weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache, partial, wraps
@@ -617,6 +617,8 @@ def _pass(tracer, model, sample, given):
             with tracer.watch or nullcontext(): out = ask(model, args, kwargs, sample.parts)
         except FoldError: raise
         except Exception as e:
+            if op := re.search(r'HigherOrderOperator (\w+)', str(e)): raise FoldError(f"The model calls `{op[1]}`, which runs functions that no trace sees. "
+                "Write that with Python's own `if` and loops, or with `scaled_dot_product_attention` for what is attention, and fold then.") from e
             what = f"The model does not run on the sample (shapes {sample}): {type(e).__name__}: {e}\n"
             raise FoldError(what + "Pass what it takes as `sample=`: a tuple for several arguments, a dict for keyword arguments.") from e
         graph.results,graph.hidden = returned(out)

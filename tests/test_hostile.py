@@ -1,5 +1,5 @@
 "Models that do more than compute: the fold is right or refused, and the original and all else are as they were."
-import math, sys, threading
+import math, random, sys, threading
 from collections import OrderedDict,UserList,deque
 from collections.abc import Mapping,Sequence
 from dataclasses import dataclass
@@ -231,6 +231,35 @@ class Holds(nn.Sequential):
 
 @pytest.mark.parametrize('what', [threading.Lock,lambda: open(__file__),lambda: (i for i in range(3)),torch.Generator], ids=['lock','file','generator','random'])
 def test_attribute_without_a_copy(what): stays_right(lambda: Holds(what), image(), 1)
+
+class Noisy(Holds):
+    "Adds noise from a generator of its own."
+    def forward(self, x): return super().forward(x) + (torch.rand(1, generator=self.what) if isinstance(self.what, torch.Generator) else self.what.random())
+
+GENERATORS = dict(torch=lambda: torch.Generator().manual_seed(1), python=lambda: random.Random(1), numpy=lambda: np.random.default_rng(1),
+    legacy=lambda: np.random.RandomState(1))
+
+def next_draws(net, x): return [net(x) for _ in range(2)]
+
+@pytest.mark.parametrize('kind', GENERATORS)
+def test_random_numbers_of_its_own_go_on_where_they_were(kind):
+    x = image()
+    def net(): return made(lambda: Noisy(GENERATORS[kind]))
+    refs,folder = next_draws(net(), x),BN_Folder()
+    looked = net()
+    folder.plan(looked, x)
+    assert list(map(torch.equal, next_draws(looked, x), refs))==[True,True]
+    folded = folder.fold(net(), x)
+    assert folder.result.summary=='1 of 1 norms fold' and all(distance([a], [b])<1e-6 for a,b in zip(next_draws(folded, x), refs))
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a,self.n = conv(),nn.BatchNorm2d(4)
+    def forward(self, x): return torch.cond(x.sum()>0, lambda y: y+1, lambda y: y-1, (self.n(self.a(x)),))
+
+def test_functions_inside_an_operator_are_said():
+    with pytest.raises(FoldError, match="The model calls `cond`, which runs functions"): BN_Folder().fold(made(Branches), image())
 
 def test_list_of_what_has_no_copy():
     net,x = made(lambda: Holds(lambda: [threading.Lock()])),image()
