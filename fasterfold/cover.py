@@ -306,6 +306,8 @@ def turning_numbers(
 # %% ../nbs/07_cover.ipynb #d3768ab5
 _turned_at_most = 8 # questions
 
+def _extents_of(sample, labels): return {k:n for (k,m),n in zip(labels.items(), sample.labels.values()) if n!=m} if len(sample.labels)==len(labels) else {}
+
 class Cover:
     "The inputs on which a model was tried, and what they leave open."
     def __init__(self,
@@ -315,7 +317,7 @@ class Cover:
         known=(), # `Trial`s of other inputs
     ):
         self.model,self.still,self.labels = model,Still(model),samples[0].labels
-        self.trials = [Trial(s, look(model, s, still=self.still)) for s in samples]
+        self.trials = [Trial(s, look(model, s, still=self.still), _extents_of(s, self.labels)) for s in samples]
         self.given,self.draws,self.watched,self.settled = len(samples),0,all(t.graph.watch for t in self.trials),set() # `settled`: questions that no size turns
         self.known = {tuple(t.sizes.items()):t for t in known if not t.what}
         self.agree()
@@ -434,6 +436,18 @@ def opaque(
     return sorted({type(o).__name__ for o in tree_flatten((sample.args,sample.kwargs))[0] if not isinstance(o, Tensor) and tensors_of(o)})
 
 # %% ../nbs/07_cover.ipynb #c6e3d6ee
+def _other(cover, trial):
+    "Does the input give other arguments than the user's first sample?"
+    def given(t):
+        leaves,spec = tree_flatten((t.sample.args,t.sample.kwargs))
+        return spec,[*map(type, leaves)]
+    return bool(trial.what) or given(trial)!=given(cover.trials[0])
+
+def _like(cover, trial, sizes):
+    "What `attempt` needs to try the input of `trial` with other `sizes`."
+    if not _other(cover, trial): return (sizes,)
+    return sizes, trial.sample.resized({o:sizes[k] for k,o in zip(cover.labels, trial.sample.labels) if k in sizes}), trial.what
+
 def _turn(cover):
     "Answer questions that went one way the other way, also those that only come up with another answer."
     looked,halved = set(),set()
@@ -442,12 +456,13 @@ def _turn(cover):
         if not left: return
         key = min(left, key=lambda k: sum(w==k[0] for w,*_ in looked)) # a loop may ask at one place for ever
         asked = left[key]
-        tries = [(sizes,) for sizes in turning(asked, cover.trials, cover.labels)]
+        base = min((t for t,_ in asked), key=lambda t: (_other(cover, t), t.numbers))
+        tries = [_like(cover, base, sizes) for sizes in turning(asked, cover.trials, cover.labels)]
         tries += [(_smallest(asked)[0].sizes, s, what) for what,s in turning_numbers(asked)]
         if tries or key in halved: looked.add(key)
         else:
             halved.add(key)
-            tries = [(sizes,) for sizes in halves(asked, cover.labels)]
+            tries = [_like(cover, base, sizes) for sizes in halves(asked, cover.labels)]
         if not tries: cover.settled.add(key)
         for o in tries:
             cover.add(cover.attempt(*o))
@@ -465,12 +480,13 @@ def _further(cover, base):
     for what,o in base.sample.shared: cover.add(cover.attempt(base.sizes, o, what))
 
 def _elsewhere(cover, base):
-    "Try other sizes, too, with the arguments with which the code compares sizes that it does not compare without."
-    known = {q.where for t in (base,cover.trials[0]) for q in t.questions('size')}
-    for t in [t for t in cover.trials if t.what and not known.issuperset(q.where for q in t.questions('size'))]:
-        sizes = {k:awkward(k[0], i) for i,k in enumerate(t.sample.labels) if k!='batch'}
+    "Try other sizes, too, with other arguments, and with those with which the code compares sizes that it does not compare without."
+    known,given = {q.where for t in (base,cover.trials[0]) for q in t.questions('size')},cover.trials[1:cover.given]
+    def new(t): return (t.what or t in given) and not known.issuperset(q.where for q in t.questions('size'))
+    def attempt(t, sizes):
         new = {k:sizes[o] for k,o in zip(cover.labels, t.sample.labels) if o in sizes}
-        cover.add(cover.attempt(t.sizes|new, t.sample.resized(sizes), t.what))
+        return cover.attempt(t.sizes|new, t.sample.resized(sizes), t.what)
+    for t in [t for t in cover.trials if t in given and _other(cover, t) or new(t)]: cover.add(another(t.sample, partial(attempt, t)))
 
 # %% ../nbs/07_cover.ipynb #69d22dea
 def widen(
@@ -481,7 +497,8 @@ def widen(
     cover.add(small)
     base = small or cover.trials[0]
     _further(cover, base)
-    for what,s in [*base.sample.varied(),*otherwise_given(cover.model, base.sample)]: cover.add(cover.attempt(base.sizes, s, what))
+    for t in (base,*[t for t in cover.trials[1:cover.given] if _other(cover, t)]):
+        for what,s in [*t.sample.varied(),*otherwise_given(cover.model, t.sample)]: cover.add(cover.attempt(t.sizes, s, what))
     _elsewhere(cover, base)
     if 'batch' in cover.labels and any(q.text=='len' for q in cover.questions('lost')):
         for n in (2,5,9,17): cover.add(cover.attempt(base.sizes|{'batch':n}))
@@ -532,7 +549,8 @@ def describe(
     if names := cover.changed:
         what = f"the model keeps {_listed([f'`{n}`' for n in names])} from one call to the next"
         res.append(f"{what[0].upper()}{what[1:]}: two calls in a row were run." if any(t.sample.calls>1 for t in cover.trials) else f"Not covered: a second call, since {what}.")
-    missing = [f'`{n}`' for n,v in not_given(cover.model, cover.main.sample).items() if not neighbours(v)] + [f'other `{n}`' for n in open_ended(cover.model, cover.main.sample)]
+    free = [not_given(cover.model, t.sample) for t in cover.trials[:cover.given]]
+    missing = [f'`{n}`' for n,v in free[0].items() if all(n in o for o in free) and not neighbours(v)] + [f'other `{n}`' for n in open_ended(cover.model, cover.main.sample)]
     if missing: res.append(f"Not covered: the model with {_listed(missing)}, which no sample has.")
     unlike = [f'`{n}`' for n in (*unvaried(cover.model, [t.sample for t in cover.trials[:cover.given]]),*unasked(cover))]
     if unlike: res.append(f"Not covered: other values of {_listed(unlike)}, which no sample has.")

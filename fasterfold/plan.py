@@ -377,10 +377,16 @@ def _fold_norm(planner, name, calls, ways, why):
     why.update(reasons)
 
 # %% ../nbs/06_plan.ipynb #5a1c5019
-def _changed(planner, removed):
+def _overwritten(planner, c):
+    "Would what the call `c` of a norm that is gone returns, and nobody reads, have been written to in place before it?"
+    first = min(o.index for o in c.ops)
+    return any(planner.rep(c.x).time<w.index<first for s in planner._home(c.y.store) for w in planner.writes[s] if w not in planner.gone)
+
+def _changed(planner, removed, gone):
     "Names of the modules and methods that return other values than before; what was in a norm that is `removed` is no longer there to be asked."
     def differs(vs): return any(v in planner.moved and ((g := planner.moved[v]) is None or not g.given.snapped.is_identity) for v in vs)
     names = dict.fromkeys(c.name for c in planner.graph.calls if c.name and differs(c.returned) and not (c.parent and c.parent.module in removed))
+    names |= dict.fromkeys(c.call.name for c in gone if _overwritten(planner, c))
     return [*names, *[k for k,vs in planner.graph.methods.items() if differs(vs)]]
 
 def _told_of(graph, changed):
@@ -419,7 +425,7 @@ def plan_folds(
     exclude:dict=None, # Qualified norm name to the reason for which it must stay
 )->FoldPlan: # Every norm is in `folded` or in `kept`
     "Decide for every norm of a traced model whether it folds, and where to."
-    planner,exclude = Planner(graph, 0),exclude or {}
+    planner,exclude,gone = Planner(graph, 0),exclude or {},[]
     waiting,kept = find_norms(graph)
     plan,why,idle = FoldPlan(kept=kept, edits=planner.edits, sources=planner.sources, apart=planner.apart),defaultdict(dict),0
     place = {calls[0].call.name:i for i,calls in enumerate(waiting.values())}
@@ -432,6 +438,7 @@ def plan_folds(
                 if name in exclude: raise Blocked(exclude[name])
                 if (o := _fold_norm(planner, name, calls, ways, why[m])) is None: continue
                 plan.folded.append(o)
+                gone += calls
                 plan.removed[m],idle = waiting.pop(m)[0].stay,0
             except Blocked as e: why[m] = dict.fromkeys(('back','forward'), str(e))
         if idle<2: continue # else neither way does any more fold
@@ -443,7 +450,7 @@ def plan_folds(
     for m,calls in waiting.items():
         name,reason = calls[0].call.name or '',', and '.join(dict.fromkeys(why[m][k] for k in ('back','forward')))
         plan.kept.append(Kept(name, reason+('' if name in exclude else _hint(calls[0].call.parent)), len(calls)))
-    plan.changed = _changed(planner, plan.removed)
+    plan.changed = _changed(planner, plan.removed, gone)
     plan.notes += _told_of(graph, plan.changed)
     if k := len(plan.apart): plan.notes.append(f"{k} activation{'s'*(k>1)} no longer work{'s'*(k==1)} in place.")
     return plan

@@ -7,7 +7,7 @@ from fastai.vision.all import CategoryBlock,ConvLayer,Learner,Resize,accuracy,vi
 from torch import nn
 from fasterfold.all import BN_Folder,FoldError
 from fasterfold.proof import distance
-from helpers import count_norm_calls,has_changed,outputs_of,randomize_norms
+from helpers import Fn,count_norm_calls,has_changed,outputs_of,randomize_norms
 from learners import KINDS,images,train
 
 # What changed
@@ -39,6 +39,18 @@ def test_what_is_told_is_what_changed(name):
     if hasattr(m, 'forward_features'): # which `forward` calls
         apart = distance(outputs_of(f, x, 'forward_features'), outputs_of(m, x, 'forward_features'))
         assert (apart>1e-9)==('forward_features' in folder.result.changed)
+
+def test_what_nobody_reads_is_told():
+    "The second call of the norm returns what the activation made of the first one's output, since both are the convolution's then."
+    def f(s, x):
+        y = s.conv(x)
+        z = s.act(s.norm(y))
+        s.norm(y)
+        return s.last(z)
+    m,x = Fn(f, conv=nn.Conv2d(3,4,3), norm=nn.BatchNorm2d(4), act=nn.ReLU(inplace=True), last=nn.Conv2d(4,2,1)),torch.randn(2,3,8,8).double()
+    m,folder = randomize_norms(m).double(),BN_Folder(verify=False)
+    new = folder.fold(m, x)
+    assert {*folder.result.changed}==has_changed(m, new, x)=={'conv','norm'}
 
 # What shall not
 
