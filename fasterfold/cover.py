@@ -10,7 +10,7 @@ __all__ = ['at_most', 'Trial', 'same_edits', 'difference', 'on_inputs', 'contrad
 # %% ../nbs/07_cover.ipynb #f3678802
 import inspect, torch
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from fastcore.basics import groupby
 from torch import nn, Tensor
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path
@@ -35,6 +35,11 @@ class Trial:
     def questions(self, kind): return [q for q in self.graph.watch.questions if q.kind==kind] if self.graph.watch else []
     @property
     def numbers(self): return sum(t.numel() for t in self.sample.tensors)
+    @cached_property
+    def kind(self):
+        "Which arguments there are, and of what types."
+        leaves,spec = tree_flatten((self.sample.args,self.sample.kwargs))
+        return spec,[*map(type, leaves)]
     @property
     def traced(self): return bool(self.graph.modules) # a glance knows none
     @property
@@ -151,13 +156,14 @@ def another(
 
 # %% ../nbs/07_cover.ipynb #303c922c
 def _by_place(trials):
-    "Comparisons by place in the code and how often it was reached: pairs (trial, question)."
-    res = {}
+    """Comparisons by place in the code and how often it was reached: pairs (trial, question). Other arguments that
+    make it be reached more or less often may ask of something else there, so theirs stand alone."""
+    def asked(t): return groupby(t.questions('size'), lambda q: q.where)
+    usual,res = [asked(t) for t in trials if t.kind==trials[0].kind],{}
     for t in trials:
-        count = {}
-        for q in t.questions('size'):
-            n = count[q.where] = count.get(q.where, 0)+1
-            res.setdefault((q.where, n), []).append((t, q))
+        for where,qs in asked(t).items():
+            alone = t.kind!=trials[0].kind and len(qs) not in [len(o.get(where, ())) for o in usual]
+            for n,q in enumerate(qs): res.setdefault((where, n, len(qs)*alone), []).append((t, q))
     return res
 
 def _keys(questions):
@@ -167,9 +173,9 @@ def _keys(questions):
     return keys
 
 def _extents(asked, trials):
-    "What each size and number that was compared is in `trials`, as far as it differs: pairs (trial, extent) by its key."
-    keys = _keys(q for _,q in asked)
-    seen = {k:[(t, t.graph.watch.sizes[k]) for t in trials if t.graph.watch and k in t.graph.watch.sizes] for k in keys}
+    "What each size and number that was compared is in those `trials` that have such arguments, as far as it differs: pairs (trial, extent) by its key."
+    keys,kinds = _keys(q for _,q in asked),[t.kind for t,_ in asked]
+    seen = {k:[(t, t.graph.watch.sizes[k]) for t in trials if t.graph.watch and k in t.graph.watch.sizes and t.kind in kinds] for k in keys}
     return {k:pairs for k,pairs in seen.items() if len({n for _,n in pairs})>1}
 
 # %% ../nbs/07_cover.ipynb #43f1ab91
@@ -189,7 +195,7 @@ def asked_by_place(
 )->dict: # Place in the code to a list, for each comparison, of pairs (trial, question)
     "Comparisons that depend on the input; of those at one place that say the same, one."
     res = {}
-    for (where,_),asked in _by_place(trials).items():
+    for (where,*_),asked in _by_place(trials).items():
         if _extents(asked, trials): res.setdefault(where, []).append(asked)
     return {where:_by_text(comparisons, trials) for where,comparisons in res.items()}
 
@@ -438,10 +444,7 @@ def opaque(
 # %% ../nbs/07_cover.ipynb #c6e3d6ee
 def _other(cover, trial):
     "Does the input give other arguments than the user's first sample?"
-    def given(t):
-        leaves,spec = tree_flatten((t.sample.args,t.sample.kwargs))
-        return spec,[*map(type, leaves)]
-    return bool(trial.what) or given(trial)!=given(cover.trials[0])
+    return bool(trial.what) or trial.kind!=cover.trials[0].kind
 
 def _like(cover, trial, sizes):
     "What `attempt` needs to try the input of `trial` with other `sizes`."
@@ -488,6 +491,30 @@ def _elsewhere(cover, base):
         return cover.attempt(t.sizes|new, t.sample.resized(sizes), t.what)
     for t in [t for t in cover.trials if t in given and _other(cover, t) or new(t)]: cover.add(another(t.sample, partial(attempt, t)))
 
+# %% ../nbs/07_cover.ipynb #e1ed5b2b
+def _turned_channels(cover, base):
+    "Try images with as many channels as turn a question that compares these."
+    def turns(q, n, c):
+        try: return q.again(lambda key,m: c if m==n else m)!=q.answer
+        except (ArithmeticError,ValueError): return False
+    for k,n in cover.trials[0].sample.channels.items():
+        found = [next((c for c in sorted(range(1, n+9), key=lambda c: abs(c-n)) if turns(q, n, c)), None) for q in base.questions('size')]
+        for c in list(dict.fromkeys(filter(None, found)))[:4]:
+            if (t := cover.attempt(base.sizes|{k:c})) is not None:
+                cover.labels = cover.labels|{k:n}
+                cover.add(t)
+
+def _larger(cover, base):
+    "Try an input three times as large, or as large as twice the user's, or three times along one dimension, where the code compares what is so small that sizes have made nothing else of it so far."
+    def small(key, t): return isinstance(key, tuple) and t.graph.watch.sizes.get(key, 4)<4
+    asked = [a for a in _by_place(cover.trials).values() if not _extents(a, cover.trials)]
+    if not any(small(key, t) for a in asked for t,q in a for key in _keys([q])): return
+    own = {k:n for k,n in cover.labels.items() if k!='batch'}
+    def times(ks): return base.sizes|{k:3*base.sizes.get(k, own[k]) for k in ks}
+    larger = [times(own),{k:2*n for k,n in own.items()},*(times([k]) for k in own)]
+    cover.add(next(filter(None, map(cover.attempt, larger)), None))
+
+
 # %% ../nbs/07_cover.ipynb #69d22dea
 def widen(
     cover:Cover, # Changed: it gets trials
@@ -497,6 +524,8 @@ def widen(
     cover.add(small)
     base = small or cover.trials[0]
     _further(cover, base)
+    _turned_channels(cover, base)
+    _larger(cover, base)
     for t in (base,*[t for t in cover.trials[1:cover.given] if _other(cover, t)]):
         for what,s in [*t.sample.varied(),*otherwise_given(cover.model, t.sample)]: cover.add(cover.attempt(t.sizes, s, what))
     _elsewhere(cover, base)

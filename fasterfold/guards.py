@@ -129,7 +129,7 @@ def _split(t, size=None, dim=0, **_): return [(dim%t.dim(), size+1)] if type(siz
 _cuts = dict(__getitem__=_sliced, split=_split) # of a function: pairs of a dimension, and of the least extent with which something is cut off
 
 # %% ../nbs/03_guards.ipynb #5a1cc005
-_reads = set('item tolist numpy __bool__ __int__ __float__ __index__ __array__ __contains__ __complex__ nonzero argwhere unique unique_consecutive masked_select equal allclose is_nonzero bincount'.split())
+_reads = set('item tolist numpy __bool__ __int__ __float__ __index__ __array__ __dlpack__ __contains__ __complex__ nonzero argwhere unique unique_consecutive masked_select equal allclose is_nonzero bincount'.split())
 
 def _is_mask(i): return isinstance(i, Tensor) and i.dtype in (torch.bool,torch.uint8)
 

@@ -527,9 +527,9 @@ def _add_absent(op, graph, known):
         if op.args.get(k) is not None and not deforms or m._parameters.get(k, m) is not None: continue
         if k in graph.asked.get(m, ()) or (m,k) not in graph.wanted: continue
         if (m,k) not in known:
-            dim = -1 if op.name in ('mm','bmm','native_layer_norm') else 1
+            shape = tuple(op.args.normalized_shape) if op.name=='native_layer_norm' else (op.out.shape[-1 if op.name in ('mm','bmm') else 1],)
             dtype = m.weight.dtype if k=='bias' and getattr(m, 'weight', None) is not None else op.out.dtype
-            v = Value(-1, (op.out.shape[dim],), dtype, 'absent', -1, names=(f"{op.call.name}.{k}",), const=True, fill=fill, slot=(m,k))
+            v = Value(-1, shape, dtype, 'absent', -1, names=(f"{op.call.name}.{k}",), const=True, fill=fill, slot=(m,k))
             known[m,k] = v
             graph.leaves.append(v)
         op.args[k] = known[m,k]

@@ -150,6 +150,30 @@ def hinted(self, x, hint=None):
     y = self.last(y)
     return y*hint if isinstance(hint, torch.Tensor) else y
 
+def halved_often(self, x):
+    "One pixel is left of 32, 39 and 49, two of 64."
+    y = self.norm(self.conv(x).relu())
+    for _ in range(5): y = F.avg_pool2d(y, 2)
+    return self.last(F.avg_pool2d(y, 3, 2, 1) if y.shape[-1]>1 else y).mean((2,3))
+
+def windows(self, x):
+    y = F.avg_pool1d(self.norm(self.conv(x).relu()), 16)
+    return self.last(F.pad(y, (1,1)) if y.shape[2]>1 else y).mean(2)
+
+def with_alpha(self, x):
+    alpha = 1
+    if x.shape[1]==4: x,alpha = x[:,:3],x[:,3:]
+    return self.last(self.norm(self.conv(x).relu())*alpha)
+
+def fitted(y): return F.pad(y, (0,2)) if y.shape[-1]<12 else y
+
+def compared(self, x, ref=None):
+    "One line for two inputs, of which one may be left out."
+    def out(x, i): return self.lasts[i](fitted(self.norms[i](self.conv(x).relu()))).mean((2,3))
+    return out(x, 0) if ref is None else out(ref, 1)+out(x, 0)
+
+def of_kinds(self, found): return sum(self.lasts[k](fitted(self.norms[k](self.convs[k](x).relu()))).mean((2,3)) for k,x in found.items())
+
 class Optional(nn.Module):
     "Two arguments that matter only together."
     def __init__(self, off):
@@ -275,6 +299,14 @@ def situations():
     add('view_of_what_a_norm_made', Fn(lambda s,x: s.norm(s.layer(x.transpose(1,2)).transpose(1,2)).view(len(x),-1), layer=lin(3,4), norm=bn1(4)), image(2,3,1), image(2,3,5))
     add('written_to_after_a_norm', Fn(lambda s,x: s.norm((c := s.conv(x)).mean((2,3), keepdim=True).expand_as(c)).add_(1), conv=conv(), norm=bn2(4)), image(2,3,3,3), y)
     add('pads_if_asked', Fn(hinted, **last()), (x,False), (x,True), (image(2,3,16,17),True), (image(2,3,16,17),False))
+    add('halved_often', Fn(halved_often, conv=conv(padding=1), norm=bn2(4), last=conv(4,2,1)), image(2,3,32,32), image(2,3,64,64), image(1,3,64,70))
+    add('windows_of_a_length', Fn(windows, conv=nn.Conv1d(3,4,1), norm=bn1(4), last=nn.Conv1d(4,2,1)), image(2,3,20), image(2,3,32), image(1,3,99))
+    add('fourth_channel', Fn(with_alpha, **last()), x, image(2,4,16,16))
+    add('reference_as_small', Fn(compared, conv=conv(), norms=norms(2), lasts=nn.ModuleList([conv(4,2), conv(4,2)])),
+        (image(2,3,7,7),image(2,3,24,24)), (image(2,3,7,7),image(2,3,9,9)), image(2,3,24,24))
+    def by_kind(f): return nn.ModuleDict(dict(rgb=f(3), depth=f(1)))
+    add('entry_as_small', Fn(of_kinds, convs=by_kind(conv), norms=by_kind(lambda i: bn2(4)), lasts=by_kind(lambda i: conv(4,2))),
+        (dict(rgb=image(2,3,24,24), depth=image(2,1,7,7)),), (dict(rgb=image(2,3,9,9), depth=image(2,1,7,7)),))
     words,none = image(3,6,8),torch.zeros(3,6)>0
     some = torch.arange(6)>=torch.tensor([[4],[3],[6]])
     add('padding_mask', Encoder(), (words,none), (words,some))
@@ -289,6 +321,7 @@ by_data = {'nothing_masked','short_batch','odd_width','wide','sign_of_the_mean',
     'cut_at_a_number','larger_side','sizes_together','bits_of_a_size','division_by_a_size','cut_at_a_larger_number','pieces_of_a_length',
     'channels_last','frames_of_a_clip','clips_of_eight_frames','square_images_only','one_function_at_every_level','one_function_at_two_sizes','padding_from_a_size','window_from_a_size',
     'one_input_longer','one_twin_larger','two_conditions_left_out','two_flags_on','view_of_what_a_norm_made','written_to_after_a_norm','pads_if_asked',
+    'halved_often','windows_of_a_length','fourth_channel','reference_as_small','entry_as_small',
     'condition_left_out','condition_left_out_by_name','one_view_less','one_view_less_in_a_tuple','one_sensor_less','one_argument_less','domain_of_a_whole_batch'} # what only a run can show
 
 def right(model, folded, inputs):

@@ -95,7 +95,7 @@ def _(op, out, a, ctx):
         need(lin.constant(-1), f"{op.label} cannot scale each position differently")
         v = x
     if b is not None: return [(v, lin), ask(op, b, a)]
-    if v is w and a.shifts and _averages(x): return [(w, a)]
+    if v is w and a.shifts and a.constant(-2) and _averages(x): return [(w, a)]
     need(not a.shifts, f"{op.label} has no bias to take the shift")
     return [(v, lin)]
 
