@@ -10,6 +10,7 @@ __all__ = ['at_most', 'Trial', 'same_edits', 'difference', 'on_inputs', 'contrad
 # %% ../nbs/07_cover.ipynb #f3678802
 import inspect, torch
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import cached_property, partial
 from fastcore.basics import groupby
 from torch import nn, Tensor
@@ -222,8 +223,9 @@ def asked_alike(
     b:Trial, # Another one
 )->bool:
     "Did the code ask the same of both, and got the same answers?"
-    def asked(t): return [(q.where, q.text, q.answer) for q in t.questions('size')]
-    def other(t): return not t.graph.watch or t.questions('data') or t.questions('lost')
+    def pieces(t): return [(q.where, q.text, t.graph.watch.sizes[q.numbers[0]]) for q in t.questions('lost') if q.numbers]
+    def asked(t): return [(q.where, q.text, q.answer) for q in t.questions('size')]+pieces(t)
+    def other(t): return not t.graph.watch or t.questions('data') or any(not q.numbers for q in t.questions('lost'))
     return not other(a) and not other(b) and asked(a)==asked(b)
 
 # %% ../nbs/07_cover.ipynb #b4afc507
@@ -357,6 +359,11 @@ class Cover:
         return next((t for t in self.trials if t.traced), self.trials[0])
     def questions(self, kind): return list({(q.where,q.text):q for t in self.trials for q in t.questions(kind)}.values())
     @property
+    def lost(self):
+        "Where a size becomes a plain number, pieces of what is as long in all trials aside."
+        def varies(key): return len({t.graph.watch.sizes.get(key) for t in self.trials if t.graph.watch}-{None})>1
+        return [q for q in self.questions('lost') if not q.numbers or varies(q.numbers[0])]
+    @property
     def changed(self):
         "Names of what the model holds otherwise after a call."
         return [*dict.fromkeys(n for t in self.trials for n in t.graph.changed)]
@@ -417,7 +424,8 @@ def unvaried(
 )->list: # Names
     "Arguments that are the same in all `samples`, and neither numbers nor tensors, so that nobody knows what else they may be: words, flags of other kinds, None."
     first,*more = [_arguments(model, s)[1] for s in samples]
-    def odd(v): return any(not isinstance(o, (Tensor,int,float)) and not tensors_of(o) for o in tree_flatten(v)[0])
+    def tried(o): return isinstance(o, (Tensor,int,float)) or isinstance(o, Enum) and len(neighbours(o))==len(type(o))-1
+    def odd(v): return any(not tried(o) and not tensors_of(o) for o in tree_flatten(v)[0])
     return [n for n,v in first.items() if odd(v) and all(repr(o.get(n))==repr(v) for o in more)]
 
 # %% ../nbs/07_cover.ipynb #19f3ea9b
@@ -430,10 +438,12 @@ def _by_leaf(model, sample):
 def unasked(
     cover:Cover, # Of some inputs
 )->list: # Names
-    "Integers among the arguments that are compared with nothing: they may count, or choose one of several."
-    s,asked = cover.trials[0].sample,{*_keys(cover.questions('size'))}
-    leaves = zip(_by_leaf(cover.model, s), tree_flatten((s.args,s.kwargs))[0])
-    return list(dict.fromkeys(k for i,(k,v) in enumerate(leaves) if type(v) is int and i not in asked))
+    "Integers among the arguments, also at their defaults, that are compared with nothing: they may count, or choose one of several."
+    def named(t): return [*zip(_by_leaf(cover.model, t.sample), tree_flatten((t.sample.args,t.sample.kwargs))[0])]
+    def asked(t): return {named(t)[k][0] for k in _keys(t.questions('size')) if isinstance(k, int)}
+    first,compared = cover.trials[0],set().union(*map(asked, cover.trials))
+    given = [*named(first),*not_given(cover.model, first.sample).items()]
+    return list(dict.fromkeys(k for k,v in given if isinstance(v, int) and not isinstance(v, (bool,Enum)) and k not in compared))
 
 def opaque(
     sample:Sample, # What a model is called with
@@ -573,7 +583,7 @@ def describe(
     if data: res.append(f"The code reads data ({_at(data)}): with {cover.draws} further inputs it took {len({tuple(t.way) for t in cover.trials if t.traced})} ways.")
     elif not kinds: res.append("It reads no data.")
     if kinds: res.append(f"Not covered: other sizes and numbers in {_listed([f'`{k}`' for k in kinds])}, which is tried as it is.")
-    lost = cover.questions('lost')
+    lost = cover.lost
     if lost: res.append(f"Not followed: sizes that become plain numbers ({_at(lost)}).")
     if names := cover.changed:
         what = f"the model keeps {_listed([f'`{n}`' for n in names])} from one call to the next"

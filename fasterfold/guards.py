@@ -8,6 +8,7 @@ __all__ = ['Question', 'Extent', 'Ratio', 'remember', 'Watch']
 # %% ../nbs/03_guards.ipynb #8a39e8b4
 import math, numpy as np, operator, os, sys, torch, weakref
 from dataclasses import dataclass
+from enum import Enum
 from itertools import count
 from fastcore.basics import patch
 from torch import Tensor
@@ -108,7 +109,7 @@ def remember(
     watch, # The `Watch` that hears of comparisons
 ): # `v` itself if it is no integer or float, or nobody watches
     "`v` as a number that remembers."
-    if not watch.on or isinstance(v, bool) or not isinstance(v, (int,float)): return v
+    if not watch.on or isinstance(v, (bool,Enum)) or not isinstance(v, (int,float)): return v
     res = (Extent if isinstance(v, int) else Ratio)(v)
     res.text,res.again,res.watch = text,again,watch
     return res
@@ -125,6 +126,9 @@ def _sliced(t, index):
     return [(d, n) for d,n in res if type(n) is int and n>1]
 
 def _split(t, size=None, dim=0, **_): return [(dim%t.dim(), size+1)] if type(size) is int else []
+
+# Of a function: the dimension whose extent says how many pieces it makes
+_pieces = dict(unbind=lambda t, dim=0: dim, split=lambda t, size=None, dim=0: dim if type(size) is int else None)
 
 _cuts = dict(__getitem__=_sliced, split=_split) # of a function: pairs of a dimension, and of the least extent with which something is cut off
 
@@ -210,6 +214,9 @@ def _look(self:Watch, name, args, kwargs):
     t = args[0]
     if name in _cuts and is_dense(t):
         for d,n in _cuts[name](*args, **kwargs): _ = self._size(t, d, t.shape[d]) >= n
+    if name in _pieces and t.dim() and is_dense(t) and (d := _pieces[name](*args, **kwargs)) is not None:
+        self._size(t, d := d%t.dim(), t.shape[d])
+        self.note('lost', name.strip('_'), ((self.known[id(t)][1],d),))
     if name in ('__len__','stride'): self.note('lost', name.strip('_'))
     elif name in _reads or name=='where' and len(args)==1: self.note('data', name.strip('_'))
     elif name=='__getitem__' and any(_is_mask(i) and not self.own(i) for i in (args[1] if isinstance(args[1], tuple) else args[1:])): self.note('data', 'mask')

@@ -10,7 +10,8 @@ __all__ = ['tensors_of', 'returned', 'unheard', 'part_named', 'ask', 'Sample', '
 import copy, gc, inspect, numpy as np, torch
 from collections import deque
 from collections.abc import Mapping, MappingView, Sequence
-from functools import partial
+from enum import Enum
+from functools import partial, reduce
 from threading import get_ident
 from types import CellType, FunctionType, MemberDescriptorType, ModuleType
 from torch import nn, Tensor
@@ -348,9 +349,10 @@ def shared(self:Sample)->list: # Pairs (what, `Sample`)
 # %% ../nbs/02_sample.ipynb #7779bf98
 def neighbours(
     v, # Anything
-)->list: # Empty if it is no number and no truth
+)->list: # Empty if it is no number, no truth and no member of an enumeration
     "Other values that an argument `v` may have."
     if isinstance(v, bool): return [not v]
+    if isinstance(v, Enum): return [o for o in type(v) if o is not v][:8]
     if isinstance(v, int): return [v+1,v-1]
     return [2*v+1.5] if isinstance(v, float) else []
 
@@ -393,17 +395,26 @@ def drawn(self:Sample)->list: # Eight `Sample`s, ten if there are integers
     return [self.map(lambda t: one(t, i)) for i in range(len(_ways))]+moved
 
 # %% ../nbs/02_sample.ipynb #5a1cd002
+def _is_named(o): return isinstance(o, tuple) and hasattr(o, '_fields')
+
+def _put(o, k, v): return {**o, k:v} if isinstance(o, dict) else type(o)(*o[:k], v, *o[k+1:]) if _is_named(o) else o[:k]+type(o)([v])+o[k+1:]
+
 def fewer_or_more(
     o, # A list, a tuple or a dict; anything else has no entries
 )->list: # Pairs (what, the same with other entries)
-    "`o` without its first and its last entry or without each key, a list with its last entry twice, and the same of lists and dicts inside."
-    keys = [*o] if isinstance(o, dict) else range(len(o)) if type(o) in (list,tuple) else ()
+    """`o` without its first and its last entry or without each key, with its first entry only, a list with its last entry twice, with None
+    for a tensor and for all, and the same of what is inside."""
+    keys = [*o] if isinstance(o, dict) else [*range(len(o))] if type(o) in (list,tuple) or _is_named(o) else []
     if not keys or not tensors_of(o): return []
-    def put(k, v): return {**o, k:v} if isinstance(o, dict) else o[:k]+type(o)([v])+o[k+1:]
     def without(k): return (f'no {k!r}', {j:v for j,v in o.items() if j!=k})
-    n,inner = len(o),[(what,put(k, v)) for k in keys for what,v in fewer_or_more(o[k])]
-    if isinstance(o, dict): return [*map(without, keys if n>1 else ()),*inner]
-    return [(f"{len(p)} {'entry' if len(p)==1 else 'entries'} instead of {n}", p) for p in (o[1:],o[:-1],o+o[-1:]) if p]+inner
+    def name(k): return repr(k) if isinstance(o, dict) else o._fields[k] if _is_named(o) else f'entry {k+1}'
+    n,ts = len(o),[k for k in keys if isinstance(o[k], Tensor)]
+    res = [(what,_put(o, k, v)) for k in keys for what,v in fewer_or_more(o[k])] + [(f'None for {name(k)}',_put(o, k, None)) for k in dict.fromkeys(ts[:1]+ts[-1:])]
+    if len(ts)>1: res.append(('None for all tensors', reduce(lambda o,k: _put(o, k, None), ts, o)))
+    if isinstance(o, dict): return [*map(without, keys if n>1 else ()),*res]
+    others = () if _is_named(o) else (o[1:],o[:-1],o+o[-1:],*[o[:1]]*(n>2))
+    return [(f"{len(p)} {'entry' if len(p)==1 else 'entries'} instead of {n}", p) for p in others if p]+res
+
 
 # %% ../nbs/02_sample.ipynb #3dc41f04
 _sizes = {1:[(64,),(256,),(1024,),(16000,)], 2:[(64,64),(128,128),(224,224),(256,256),(384,384),(512,512)], 3:[(8,64,64),(16,112,112),(32,224,224)]}

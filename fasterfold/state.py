@@ -216,10 +216,12 @@ class Structure:
         model:nn.Module, # Any model
         deep:bool=False, # Also what its hooks, functions and objects hold, and the tensors that are no buffers?
     ):
-        self.modules,self.tensors,self.draws = [],[],[]
+        self.modules,self.tensors,self.draws,self.where = [],[],[],{} # `where`: module and attribute that lead to a container or a tensor, by its `id`
         for m in all_modules(model):
             own,more = vars(m),{}
-            for _,v in _own(m): _collect(v, more, deep)
+            for k,v in _own(m):
+                _collect(v, more, deep, 5 if deep else 3)
+                for i in more.keys()-self.where.keys(): self.where[i] = m,k
             if deep:
                 for k in filter(own.get, _hooks): _collect(own[k].copy(), more, deep, 5)
             held = [*map(own.get, _kinds)]
@@ -240,8 +242,8 @@ class Structure:
             for k in ('_parameters','_buffers'): # somebody may listen to who asks for them
                 was = old.get(id(attrs.get(k)), {})
                 yield from ((m, n) for n,t in now.get(k, {}).items() if was.get(n) is not t)
-            inside = {id(o) for o in empty if o} | {id(o) for o,was in full if not _is_as(o, was)}
-            yield from ((m, k) for k,v in now.items() if k not in _usual and (id(v) in inside or id(getattr(v, '__dict__', None)) in inside))
+            inside = [id(o) for o in empty if o] + [id(o) for o,was in full if not _is_as(o, was)]
+            yield from (self.where[i] for i in inside if i in self.where)
 
     def restore(self):
         "Let each module be and hold that again."
@@ -316,6 +318,7 @@ class Still:
         wrote = {id(b) for b,version,*_ in self.buffers if version is not None and b._version!=version}
         if not found and not wrote: return []
         names = {m:f'{n}.'.lstrip('.') for n,m in self.model.named_modules()}
+        found += [self.before.where[i] for i in wrote if i in self.before.where]
         return list(dict.fromkeys([f"{names.get(m, '')}{k}" for m,k in found]+[n for n,b in self.model.named_buffers() if id(b) in wrote]))
 
     def restore(self):

@@ -2,8 +2,9 @@
 
 Each situation is a small model, a sample, and inputs unlike it: another size, batch, length, argument or route. Folded with the proof on, the model
 must be right for all of them. With the proof off it must be, too, wherever no data decides: a rule that counts on a property of the sample is wrong."""
-import copy, numpy as np, pytest, torch, torch.nn.functional as F
+import copy, enum, numpy as np, pytest, torch, torch.nn.functional as F
 from types import SimpleNamespace
+from typing import NamedTuple
 from torch import nn
 from fasterfold.sample import Sample
 from fasterfold.state import FoldError
@@ -16,6 +17,14 @@ class Destandardize(nn.Module):
         self.register_buffer('std', torch.tensor([2.]))
         self.register_buffer('mean', torch.tensor([5.]))
     def forward(self, y): return y*self.std+self.mean
+
+class Attends(nn.Module):
+    "Values with a table of positions, and a mean for each of the nodes that ask."
+    def __init__(self):
+        super().__init__()
+        self.q,self.k,self.v,self.norm = *(nn.Linear(4,4) for _ in range(3)),Destandardize()
+        self.norm.mean,self.positions = torch.randn(5,1),nn.Parameter(torch.randn(5,4))
+    def forward(self, x): return self.norm((self.q(x)@self.k(x).transpose(1,2)).softmax(-1)@(self.v(x)+self.positions)).tanh()
 
 def conv(i=3, o=4, k=3, **kw): return nn.Conv2d(i, o, k, **kw)
 def norms(n, c=4): return nn.ModuleList([nn.BatchNorm2d(c) for _ in range(n)])
@@ -174,6 +183,32 @@ def compared(self, x, ref=None):
 
 def of_kinds(self, found): return sum(self.lasts[k](fitted(self.norms[k](self.convs[k](x).relu()))).mean((2,3)) for k,x in found.items())
 
+def alone_padded(self, views):
+    ys = [self.norm(self.conv(v).relu()) for v in views]
+    if len(ys)==1: ys = [F.pad(ys[0], (1,1,1,1))]
+    return torch.stack([self.last(y).mean((2,3)) for y in ys]).amax(0)
+
+def with_mask(self, batch):
+    x,mask = batch
+    y = self.norm(self.conv(x).relu())
+    return self.last(F.pad(y, (1,1,1,1))) if mask is None else self.last(y)*mask
+
+class Masked(NamedTuple):
+    x: torch.Tensor
+    mask: torch.Tensor = None
+
+def streamed(self, x, caches):
+    "At the first call there is nothing in them."
+    for norm,layer,cache in zip(self.norms, self.layers, caches):
+        x = norm(x.relu())
+        x = layer(F.pad(x, (2,0))) if cache is None else layer(x)+cache
+    return x
+
+class Pool(enum.IntEnum): MEAN,FIRST,SUM,LAST = range(4)
+def pooled(self, x, pool):
+    pools = [lambda y: y.mean((2,3)), lambda y: y[:,:,0,0], lambda y: y.sum((2,3)), lambda y: y[:,:,-1,-1]]
+    return self.head(pools[pool](self.norm(self.conv(x).relu())))
+
 class Optional(nn.Module):
     "Two arguments that matter only together."
     def __init__(self, off):
@@ -307,6 +342,14 @@ def situations():
     def by_kind(f): return nn.ModuleDict(dict(rgb=f(3), depth=f(1)))
     add('entry_as_small', Fn(of_kinds, convs=by_kind(conv), norms=by_kind(lambda i: bn2(4)), lasts=by_kind(lambda i: conv(4,2))),
         (dict(rgb=image(2,3,24,24), depth=image(2,1,7,7)),), (dict(rgb=image(2,3,9,9), depth=image(2,1,7,7)),))
+    views = [image(2,3,8,8) for _ in range(4)]
+    add('one_view_of_four', Fn(alone_padded, **last()), (views,), (views[:1],), (views[:2],))
+    add('none_in_a_tuple', Fn(with_mask, **last()), ((y,y[:,:1,1:-1,1:-1]),), ((y,None),))
+    add('none_in_a_named_tuple', Fn(with_mask, **last()), (Masked(y,y[:,:1,1:-1,1:-1]),), (Masked(y),))
+    add('caches_at_the_first_call', Fn(streamed, norms=norms_1d(2), layers=nn.ModuleList([nn.Conv1d(3,3,3) for _ in range(2)])),
+        (image(2,3,16),[image(2,3,1),image(2,3,1)]), (image(2,3,16),[None,None]))
+    add('enumeration', Fn(pooled, conv=conv(), norm=bn2(4), head=lin(4,2)), (y,Pool.MEAN), *((y,p) for p in Pool))
+    add('mean_for_each_query', Attends(), image(2,5,4), image(3,5,4))
     words,none = image(3,6,8),torch.zeros(3,6)>0
     some = torch.arange(6)>=torch.tensor([[4],[3],[6]])
     add('padding_mask', Encoder(), (words,none), (words,some))
@@ -321,7 +364,7 @@ by_data = {'nothing_masked','short_batch','odd_width','wide','sign_of_the_mean',
     'cut_at_a_number','larger_side','sizes_together','bits_of_a_size','division_by_a_size','cut_at_a_larger_number','pieces_of_a_length',
     'channels_last','frames_of_a_clip','clips_of_eight_frames','square_images_only','one_function_at_every_level','one_function_at_two_sizes','padding_from_a_size','window_from_a_size',
     'one_input_longer','one_twin_larger','two_conditions_left_out','two_flags_on','view_of_what_a_norm_made','written_to_after_a_norm','pads_if_asked',
-    'halved_often','windows_of_a_length','fourth_channel','reference_as_small','entry_as_small',
+    'one_view_of_four','none_in_a_tuple','none_in_a_named_tuple','caches_at_the_first_call','enumeration','halved_often','windows_of_a_length','fourth_channel','reference_as_small','entry_as_small',
     'condition_left_out','condition_left_out_by_name','one_view_less','one_view_less_in_a_tuple','one_sensor_less','one_argument_less','domain_of_a_whole_batch'} # what only a run can show
 
 def right(model, folded, inputs):
@@ -398,6 +441,27 @@ def test_integers_that_choose_are_said():
     def compares(s, x, way): return s.norm(s.conv(x)) if way<5 else s.norm(s.conv(-x))
     assert said not in covers(Fn(compares, conv=conv(), norm=nn.BatchNorm2d(4)), (image(2,3,8,8),0))
 
+class Chooses(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv,self.norm,self.head = conv(),nn.BatchNorm2d(4),nn.Linear(4,2)
+    def forward(self, x, n=1, pool=0): return sum(pooled(self, v.flip(3) if n>3 else v, pool) for v in ([x] if isinstance(x, torch.Tensor) else x))
+
+@pytest.mark.parametrize('sample', [lambda x: (x,), lambda x: (x,2), lambda x: dict(x=x, pool=0, n=2), lambda x: ([x,x,x],2,0)],
+    ids=['left_out','one_left_out','by_keyword','behind_a_list'])
+def test_an_integer_that_chooses_is_said_wherever_it_is(sample):
+    assert 'Not covered: other values of `pool`, which no sample has.' in covers(Chooses(), sample(image(2,3,8,8)))
+
+def test_numbers_of_pieces_are_said():
+    def frames(s, x): return torch.stack([s.norm(s.conv(f)) for f in x.unbind(1)])
+    def looped(s, x): return torch.stack([s.norm(s.conv(f[None])) for f in x])
+    def pieces(s, x): return torch.stack([s.norm(s.conv(p)).mean((2,3)) for p in x.split(16, 3)])
+    def channels(s, x): return torch.cat(s.norm(s.conv(x)).split(2, 1))
+    parts = dict(conv=conv(padding=1), norm=nn.BatchNorm2d(4))
+    for f,x,name in ((frames,image(2,8,3,8,8),'unbind'),(looped,image(2,3,8,8),'unbind'),(pieces,image(2,3,8,24),'split')):
+        assert f'Not followed: sizes that become plain numbers (`{name}`, test_inputs.py:' in covers(Fn(f, **parts), x)
+    assert 'Not followed' not in covers(Fn(channels, **parts), image(2,3,8,8))
+
 @pytest.mark.parametrize('given', [lambda x: SimpleNamespace(x=x), lambda x: x.numpy()])
 def test_what_is_passed_as_it_is_is_said(given):
     def take(o): return torch.from_numpy(o) if isinstance(o, np.ndarray) else o.x
@@ -472,6 +536,30 @@ def test_calls_in_a_row(f):
         new,old = BN_Folder(verify=verify).fold(model, x),copy.deepcopy(model)
         with torch.no_grad():
             for a in (x,-x,2*x): assert distance([new(a)], [old(a)])<1e-5
+
+class Layer: last = None
+class Cache:
+    "An object with a list of objects."
+    def __init__(self): self.layers = [Layer()]
+
+CACHES = dict(object=(Cache, lambda c: c.layers[0]), dict=(lambda: dict(encoder=Cache()), lambda c: c['encoder'].layers[0]), tuple=(lambda: (Layer(),), lambda c: c[0]))
+
+@pytest.mark.parametrize('held,layer', CACHES.values(), ids=CACHES)
+@pytest.mark.parametrize('inplace', [False,True])
+def test_calls_in_a_row_with_a_cache(held, layer, inplace):
+    "What it holds is put back wherever it is, and a second call is run."
+    def f(s, x):
+        y,l = s.norm(s.conv(x).relu()),layer(s.cache)
+        if l.last is not None: y = y*l.last
+        l.last = x.abs().mean()
+        return s.last(y)
+    model,x = randomize_norms(Fn(f, conv=conv(), norm=nn.BatchNorm2d(4), last=conv(4,2,1))),image(2,3,8,8)
+    model.cache = held()
+    old = copy.deepcopy(model)
+    new = BN_Folder().fold(model, x, inplace=inplace)
+    assert layer(model.cache).last is None and layer(new.cache).last is None
+    with torch.no_grad():
+        for a in (x,-x,2*x): assert distance([new(a)], [old(a)])<1e-5
 
 def test_calls_in_a_row_are_said():
     def caches(s, x):

@@ -465,3 +465,20 @@ def test_parameters_that_overlap(shift):
     refs,plan = run(net, x),folder.plan(net, x)
     assert '`0.weight` shares its memory with `3.weight`' in reason(plan, '1')
     assert distance(run(folder.fold(net, x, inplace=True), x), refs)==0 and names_of(folder.result.kept)==['1']
+
+# ---- A LayerNorm without weights, over several dimensions
+
+class Layered(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.conv,self.layer,self.norm = nn.Conv1d(3,4,1),nn.LayerNorm(shape, elementwise_affine=False),nn.BatchNorm1d(4)
+    def forward(self, x): return self.norm(self.layer(self.conv(x))).tanh()
+
+@pytest.mark.parametrize('shape', [(6,),(4,6)])
+@pytest.mark.parametrize('verify', [False,True])
+def test_norm_behind_a_layer_norm_without_weights(shape, verify):
+    model,x = randomize_norms(Layered(shape)),torch.randn(2,3,6)
+    folder = BN_Folder(verify=verify)
+    new = folder.fold(model, x)
+    assert len(folder.result.folded)==(len(shape)>1) # a weight for each position cannot scale each channel
+    assert distance(run(new, x), run(model, x))<1e-5
