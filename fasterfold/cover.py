@@ -40,7 +40,7 @@ class Trial:
     def kind(self):
         "Which arguments there are, and of what types."
         leaves,spec = tree_flatten((self.sample.args,self.sample.kwargs))
-        return spec,[*map(type, leaves)]
+        return str(spec),*map(type, leaves)
     @property
     def traced(self): return bool(self.graph.modules) # a glance knows none
     @property
@@ -175,7 +175,7 @@ def _keys(questions):
 
 def _extents(asked, trials):
     "What each size and number that was compared is in those `trials` that have such arguments, as far as it differs: pairs (trial, extent) by its key."
-    keys,kinds = _keys(q for _,q in asked),[t.kind for t,_ in asked]
+    keys,kinds = _keys(q for _,q in asked),{t.kind for t,_ in asked}
     seen = {k:[(t, t.graph.watch.sizes[k]) for t in trials if t.graph.watch and k in t.graph.watch.sizes and t.kind in kinds] for k in keys}
     return {k:pairs for k,pairs in seen.items() if len({n for _,n in pairs})>1}
 
@@ -280,8 +280,13 @@ def turning(
     question,followed = _smallest(asked)[1],_followed(asked, trials, labels)
     most = max(2**20, 4*max(t.numbers for t in trials)) # in the largest input that is worth a question
     lines = {k:{key:_line(p) or _line(sorted({*p})[:2]) for key,p in ps.items()} for k,ps in followed.items()} # what was cut off follows none
-    for base in sorted(dict.fromkeys(t for t,_ in asked), key=lambda t: t.numbers):
-        if found := [*filter(None, (_turned(question, base, k, base.sizes.get(k, n), most, lines[k]) for k,n in labels.items()))]: break
+    bases,keys = sorted(dict.fromkeys(t for t,_ in asked), key=lambda t: t.numbers),_extents(asked, trials)
+    def worth(k, base):
+        "Does the label `k` say what is compared? If it says all of it, the same comes out of whatever base."
+        says = [bool(lines[k].get(key)) for key in keys]
+        return any(says) and (not all(says) or base in (bases[0],bases[-1]))
+    for base in bases:
+        if found := [*filter(None, (_turned(question, base, k, base.sizes.get(k, n), most, lines[k]) for k,n in labels.items() if worth(k, base)))]: break
     return [s[0] for s in found]+[s[1] for s in found if len(s)>1]
 
 # %% ../nbs/07_cover.ipynb #5a1cc012
