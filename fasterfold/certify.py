@@ -9,7 +9,7 @@ __all__ = ['ONE', 'ZERO', 'LAWS', 'Ball', 'either', 'stored', 'Undecided', 'Matc
            'merged', 'Certificate', 'certify']
 
 # %% ../nbs/14_certify.ipynb #ce270004
-import hashlib, html, inspect, itertools, json, operator, re, sympy, torch, torch.nn.functional as F
+import hashlib, html, inspect, itertools, json, operator, re, sympy, sys, torch, torch.nn.functional as F
 from collections import Counter
 from contextlib import contextmanager
 from importlib import import_module
@@ -73,7 +73,7 @@ def stored(
     "The numbers in `t`; Raises `Undecided` if they are no real ones."
     m = t.detach().cpu().double() if not t.is_complex() else torch.tensor(float('nan'))
     if not m.sum().isfinite(): raise Undecided("holds numbers that are not real or not finite")
-    if not t.is_floating_point() and (m.abs()>=2**53).any(): raise Undecided("holds integers that float64 cannot tell apart")
+    if not t.is_floating_point() and (m.abs()>=2**49).any(): raise Undecided("holds integers that float64 may not tell apart")
     if not rounded or not t.is_floating_point(): return Ball(m)
     info = torch.finfo(t.dtype)
     least = info.smallest_normal if t.dtype is not torch.float16 else info.eps*info.smallest_normal # a fold writes no subnormals
@@ -233,6 +233,11 @@ class Table:
         self.byid.append(c)
         return c,None
 
+    def settle(self, b, *around):
+        "Count how far those of `b` may be off that may be 0 and are taken for that, relative to the largest number around."
+        if not self.folded or not (far := (b.m.abs()+b.r).where(b.has(0), 0)).any(): return
+        self.off = max(self.off, (far.max()/max(o.m.abs().max() for o in around).clamp_min(1e-30)).item())
+
     def known(self, x):
         "`x` as the original had it, if it did; and how near that is."
         seen = self.constants.setdefault((x.shape,x.dtype), []) if x.core is None else x.core.seen
@@ -250,11 +255,15 @@ def read(self:Table,
 ): # The same `Val`, of another core, without `t`
     "`x` as a multiple of a core that has the rest of its map."
     x,near = self.known(x)
+    self.settle(x.s, x.s, x.t)
+    self.settle(x.t, x.s, x.t)
     s,t = either(x.s.has(0), ZERO, x.s),either(x.t.has(0), ZERO, x.t)
     k = ONE if how=='exact' else either(s.m!=0, s, either(t.m!=0, t, ONE))
     if how=='positive': k = abs(k)
     if how!='exact': s,t = either(s.m==k.m, ONE, either(s.m==-k.m, -ONE, s*k.inv())),either(t.m==0, t, t*k.inv())
-    if x.core is not None and s.has(1).all() and t.has(0).all(): return x.like(x.core, k)
+    if x.core is not None and s.has(1).all() and t.has(0).all():
+        self.settle(s-ONE, s, t)
+        return x.like(x.core, k)
     key = ('number',x.shape,x.dtype) if x.core is None else ('map',x.core.id)
     core,_ = self.find(key, [s,t], near=near)
     core.shape = core.shape or x.shape
@@ -284,15 +293,21 @@ def _same(w, a, n):
     return a.first
 
 # %% ../nbs/14_certify.ipynb #ce270020
-def _named(w, a):
-    "Arguments in a form that can be compared: those that are computed by their cores."
-    def one(v): return ('core',w.table.read(v).core.id) if isinstance(v, Val) else [*map(one, v)] if isinstance(v, (list,tuple)) else v
+_typed = {'view','nan_to_num','rms_norm','_fused_rms_norm','nextafter','frexp'} # operations that count on the type of what they get
+
+def _kind(v, typed): return str(v.dtype) if typed or v.dtype is None or not v.dtype.is_floating_point or v.dtype.itemsize<2 else 'real'
+
+def _named(w, a, typed=False):
+    "Arguments in a form that can be compared: those that are computed by their cores, and by their type, of which one may be as good as another."
+    def one(v):
+        if isinstance(v, Val): return 'core',w.table.read(v).core.id,_kind(v, typed)
+        return [*map(one, v)] if isinstance(v, (list,tuple)) else v
     return str({k:one(v) for k,v in a.items()})
 
 def same_function(w, a, n, name=None):
     "f(x) = f(x)"
     name = name or w.name(n)
-    key = (name,_named(w, a))
+    key = (name,_named(w, a, name in _typed))
     many = isinstance(n.meta['val'], (list,tuple))
     vals = [Val(w.table.find((*key,i))[0]) for i,_ in enumerate(n.meta['val'] if many else [0])]
     return vals if many else vals[0]
@@ -381,7 +396,7 @@ def _is_zero(b): return not b.m.any() and not b.r.any()
 def _conv(w, a, n):
     "Σ W(s·u + t) + b = Σ (W·s)u + (ΣWt + b); beside zeros, s·(u + t/s)."
     x,W,b = a.first,rows(a.weight),_constant(a.bias, ZERO)
-    if W is None or b is None: return same_function(w, a, n)
+    if W is None or b is None or not _is_real(n): return same_function(w, a, n)
     nd,tr = len(W.shape)-2,'transpose' in w.name(n) or bool(a.transposed)
     d,g,size = x.rank-nd-1,a.groups,W.shape[2:]
     dil,stride,out = (tuple(_ints(o or 0, nd)) for o in (a.dilation,a.stride,a.output_padding))
@@ -417,7 +432,7 @@ def linear(w, x, W, b):
 def _linear(w, a, n):
     "(s·u + t)Wᵀ + b = u(W·s)ᵀ + (tWᵀ + b)"
     W,b = rows(a.weight),_constant(a.bias, ZERO)
-    if W is None or b is None or a.first.core is None or len(W.shape)!=2: return same_function(w, a, n)
+    if W is None or b is None or not _is_real(n) or a.first.core is None or len(W.shape)!=2: return same_function(w, a, n)
     return linear(w, a.first, W, b)
 
 # %% ../nbs/14_certify.ipynb #ce270031
@@ -475,7 +490,7 @@ _fresh = '''conv linear matmul batch_norm instance_norm layer_norm group_norm po
 
 def _aliases(f):
     "May what `f` returns be the memory of what it gets?"
-    if any(r.alias_info for r in f._schema.returns) or 'unsafe' in f._schema.name: return True # which do not say so
+    if any(r.alias_info for r in f._schema.returns) or any(k in f._schema.name for k in ('unsafe','lift')): return True # which do not say so
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(f.name(), 'CompositeImplicitAutograd')
     return composite and not any(k in f._schema.name for k in _fresh)
 
@@ -588,8 +603,9 @@ def computed(self:Walk, n, a):
     leaves = tree_leaves(dict(a))
     vals,free = [v for v in leaves if isinstance(v, Val)],any(isinstance(v, sympy.Basic) for v in leaves)
     if free or any(v.raw is None for v in vals) or not vals and n.all_input_nodes: return None
-    raws = {k: tree_map(lambda v: v.raw.detach().cpu() if isinstance(v, Val) else torch.device('cpu') if isinstance(v, torch.device) else v, v) for k,v in a.items()}
-    if n.target._schema.is_mutable: raws = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, raws)
+    if torch.Tag.nondeterministic_seeded in n.target.tags or a.train or a.training or a.use_input_stats: return None # its law says what is to be said
+    def raw(v): return v.raw.detach().cpu().clone() if isinstance(v, Val) else torch.device('cpu') if isinstance(v, torch.device) else v
+    raws = {k: tree_map(raw, v) for k,v in a.items()}
     try:
         with torch.no_grad(): out = n.target(**raws)
     except Exception as e: raise Undecided("cannot be computed from its constants") from e
@@ -713,14 +729,14 @@ def _to(w, a, n):
 @law('dropout','native_dropout','feature_dropout','alpha_dropout')
 def _dropout(w, a, n):
     "x = x, at inference"
-    if a.train and a.p: raise Undecided("draws random numbers")
+    if a.p and (a.train or a.train is None): raise Undecided("draws random numbers")
     return a.first if isinstance(n.meta['val'], Tensor) else [a.first,None]
 
 @law('zeros','ones','full','zeros_like','ones_like','full_like','new_zeros','new_ones','new_full')
 def _full(w, a, n):
     "The same number everywhere, however large it is, as its type has it."
-    v = 0 if 'zeros' in (k := w.name(n)) else 1 if 'ones' in k else number(a.fill_value)
-    if v is None: return same_function(w, a, n)
+    v = 0 if 'zeros' in (k := w.name(n)) else 1 if 'ones' in k else a.fill_value if isinstance(a.fill_value, int) else number(a.fill_value)
+    if v is None or isinstance(v, int) and abs(v)>=2**49: return same_function(w, a, n)
     held = torch.full((), float(v.m if isinstance(v, Ball) else v), dtype=n.meta['val'].dtype).double()
     return Val(None, ZERO, Ball(held)) if held.isfinite() else same_function(w, a, n)
 
@@ -886,7 +902,11 @@ def _pixel_shuffle(w, a, n):
     x,r = a.first,a.upscale_factor
     def one(b):
         b = lined(b, x.rank)
-        return b if b.shape[-3]==1 else common(b.map(lambda o: o.unflatten(-3, (-1,r*r))), -3)
+        if b.shape[-3]==1: return b
+        each = b.map(lambda o: o.unflatten(-3, (-1,r*r)))
+        res = common(each, -3)
+        w.table.settle(each-res.map(lambda o: o.unsqueeze(-3)), x.s, x.t)
+        return res
     try:
         if not only(x.s, [-3], x.rank) or not only(x.t, [-3], x.rank): raise Unfit
         s,t = one(x.s),one(x.t)
@@ -1020,14 +1040,14 @@ def _matmul(w, a, n):
     added = w.name(n)=='addmm'
     x,y = (a.mat1,a.mat2) if added else [*a.values()][:2]
     W,b = number(y),number(a.get('self')) if added else ZERO
-    if added and (a.alpha,a.beta)!=(1,1) or W is None or b is None or x.core is None or W.m.dim()!=2: return same_function(w, a, n)
+    if added and (a.alpha,a.beta)!=(1,1) or W is None or b is None or not _is_real(n) or x.core is None or W.m.dim()!=2: return same_function(w, a, n)
     return linear(w, x, held(W.map(lambda o: o.T)), b)
 
 @law('embedding')
 def _embedding(w, a, n):
     "Columns E = C + m, where C has a mean of 0: e·C + m, e one at the index"
     W,rank = number(a.weight),len(n.meta['val'].shape)
-    if W is None or number(a.indices) is not None: return same_function(w, a, n)
+    if W is None or not _is_real(n) or number(a.indices) is not None: return same_function(w, a, n)
     mean = W.sum([0])*Ball(1/len(W.m))
     return linear_in(w, ('embedding',w.table.read(a.indices).core.id), held((W-mean).map(lambda o: o.T)), along(mean, rank-1, rank), rank-1, rank)
 
@@ -1131,7 +1151,8 @@ def _hash(model):
     else: held = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     res = hashlib.sha256()
     for k,t in sorted(held.items()):
-        t = t.detach().to_dense() if t.layout is not torch.strided else t.detach()
+        t = t.detach()
+        t = t.to_padded_tensor(0.) if t.is_nested else t.to_dense() if t.layout is not torch.strided else t.resolve_conj().resolve_neg()
         t = torch.empty(0) if t.is_meta else t.cpu().contiguous()
         res.update(f'{k} {t.dtype} {tuple(t.shape)}'.encode())
         res.update(t.reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b'')
@@ -1141,6 +1162,9 @@ def _hash(model):
 def _steps_of(p):
     "A fingerprint of what the program `p` does, and of its constants."
     res = hashlib.sha256()
+    sig = p.graph_signature
+    for s in (*sig.input_specs,*sig.output_specs): res.update(f"{s.kind} {getattr(s.arg, 'name', s.arg)} {s.target}\n".encode())
+    res.update(f"{_take(p)} {p.call_spec} {getattr(p, '_guards_code', '')}".encode())
     for n in p.graph.nodes: res.update(f'{n.op} {n.name} {n.target} {n.args} {n.kwargs}\n'.encode())
     for k,t in sorted((k, t) for k,t in p.constants.items() if isinstance(t, Tensor)): res.update(f'{k} {t.dtype} {t.tolist()}'.encode())
     return res.hexdigest()
@@ -1261,6 +1285,18 @@ def _parting(w, first):
         if n in found and (n is not out or len(found)==1): return n,m
     return out,None
 
+# %% ../nbs/14_certify.ipynb #d8d927f0
+def _demands(w):
+    "What a program demands of the numbers in its input, and where; None for what nobody can compare."
+    res = {}
+    for n in w.program.graph.nodes:
+        if n.op!='call_function' or not isinstance(n.target, torch._ops.OpOverload): continue
+        if not (name := w.name(n)).startswith('_assert') or 'metadata' in name: continue
+        try: res[n] = name,_named(w, {k:v for k,v in w.arguments(n).items() if 'msg' not in k})
+        except Undecided: res[n] = None
+    return res
+
+
 # %% ../nbs/14_certify.ipynb #ce27007f
 _known = .1 # how far the maps of values may be off: those of real models in float32 have 5e-5 at most, in bfloat16 as much as .01
 
@@ -1278,14 +1314,18 @@ def _compared(original, folded):
         return res,None
     for k,v in ranges.items(): res.ranges[k] = v if res.ranges.get(k, v)==v else f'{res.ranges[k]}, {v}'
     try:
-        ends = []
+        ends,demands = [],[]
         for p,rounded in ((original,False),(folded,True)):
             first,w = len(table.byid),Walk(p, table, rounded).run()
             table.at = p.graph.output_node()
             ends.append(_returned(w))
+            demands.append(_demands(w))
         res.laws = dict(w.laws)
     except Undecided as e:
         res.why = f"{_where(e.node)} {e}" if hasattr(e, 'node') else str(e)
+        return res,None
+    if more := next((n for n,o in demands[1].items() if o is None or o not in demands[0].values()), None):
+        res.why = f"{_where(more)} demands of the input what the original may not demand"
         return res,None
     res.residue,res.radius,res.drift = table.residue,table.radius,w.drifted(table.at)
     if ends[0]!=ends[1]: return res,_parting(w, first)
@@ -1319,7 +1359,11 @@ class _Double(Interpreter):
             res.append(self._wide(held).clone() if isinstance(held, Tensor) else held)
         with torch.no_grad(): return [t for t in tree_leaves(self.run(*res)) if isinstance(t, Tensor)]
 
-def _apart(a, b): return max((((x-y).norm()/y.norm().clamp_min(1e-300)).item() for x,y in zip(a, b) if y.is_floating_point()), default=0.)
+
+# %% ../nbs/14_certify.ipynb #c05eb7c1
+def _apart(a, b): return max((((x-y).norm()/y.norm().clamp_min(1e-6*max(1, y.numel())**.5)).item() for x,y in zip(a, b) if y.is_floating_point()), default=0.)
+
+def _wide_real(t): return t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
 
 def _witness(original, folded):
     "How far the outputs are apart on the input that shows it most, 0. where it may be rounding."
@@ -1327,15 +1371,17 @@ def _witness(original, folded):
     drawn = [args,*([t*k if isinstance(t, Tensor) and t.is_floating_point() else t for t in args] for k in (-1,3))]
     worst = 0.
     for xs in drawn:
-        refs = _Double(original).on(xs)
-        d,noise = _apart(_Double(folded).on(xs), refs),max(_apart(_Double(original, seed).on(xs), refs) for seed in (0,1000))
+        refs,outs = _Double(original).on(xs),_Double(folded).on(xs)
+        near = [t*(1+1e-13*torch.rand(t.shape)) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tree_map(_wide_real, xs)]
+        noise = max(_apart(_Double(p, seed).on(i), o) for p,o in ((original,refs),(folded,outs)) for i,seed in ((xs,0),(xs,1000),(near,None)))
+        d = _apart(outs, refs)
         if not d<=100*noise+1e-8: worst = max(worst, d)
     return worst
 
 # %% ../nbs/14_certify.ipynb #ce270083
 def _model(o): return o if isinstance(o, ExportedProgram) else unwrap(o if isinstance(o, nn.Module) else getattr(o, 'model', o))
 
-def _retypes(m): return (type(m).__module__,type(m).__name__)==('fastai.layers','ToTensorBase')
+def _retypes(m): return type(m) is getattr(sys.modules.get('fastai.layers'), 'ToTensorBase', None)
 
 @contextmanager
 def _plain(model):

@@ -55,7 +55,7 @@ def number_of(core, x, f, table):
         if core.key[0]=='input': return x
         if core.key[0]=='map': return core.nums[0].m*read(table.byid[core.key[1]])+core.nums[1].m
         listed = core.key[-1] is None or core.key[0] in ('split','chunk','unbind')
-        ids = [int(o) for o in re.findall(r"\('core', (\d+)\)", str(core.key))] or [core.key[-2 if listed else -1]]
+        ids = [int(o) for o in re.findall(r"\('core', (\d+),", str(core.key))] or [core.key[-2 if listed else -1]]
         return read(table.byid[ids[0]])
     return read(core) if core.key[0]=='map' else f(read(core))
 
@@ -519,12 +519,82 @@ def through_memory(x):
     torch.unsafe_chunk(y, 2, 1)[0].mul_(3)
     return y
 
-looks_like = dict(type=(lambda x: x.view(torch.int32)+.5*x,lambda x: 1.5*x), namespace=(lambda x: torch.ops.fasterfold_tests.clone(x),torch.clone),
+def lifted(x):
+    y = x*2
+    torch.ops.aten.lift(y).add_(1)
+    return y
+
+looks_like = dict(lift=(lambda x: lifted(x),lambda x: x*2), training=(lambda x: torch.ops.aten.native_dropout(x, .5, None)[0],lambda x: x*1),
+    bits=(lambda x: x.half().view(torch.int16),lambda x: x.bfloat16().view(torch.int16)),
+    largest=(lambda x: x.relu().log().half().nan_to_num().double(),lambda x: x.relu().log().bfloat16().nan_to_num().double()),
+    smallest=(lambda x: F.rms_norm(x.float(), (4,)).double(),lambda x: F.rms_norm(x.double(), (4,)).double()),
+    type=(lambda x: x.view(torch.int32)+.5*x,lambda x: 1.5*x), namespace=(lambda x: torch.ops.fasterfold_tests.clone(x),torch.clone),
     memory=(lambda x: (x*2).t().contiguous().as_strided((6,), (1,)),lambda x: (x*2).t().as_strided((6,), (1,))), alias=(through_memory,lambda x: x*2),
     other_memory=(lambda x: rebound(x),lambda x: x*2), eight_bits=(lambda x: x.to(torch.float8_e4m3fn).float(),lambda x: x+0.))
 
 @pytest.mark.parametrize('f,g', looks_like.values(), ids=looks_like)
 def test_operations_that_look_like_others(f, g): not_proved(*by_hand(lambda m,x: f(x), lambda m,x: g(x)), torch.randn(3, 4))
+
+whole = dict(resized=lambda x: F.interpolate(x, size=(9,9), mode='bilinear')/255., differences=lambda x: x.diff()/255., squares=lambda x: x.square()>300,
+    products=lambda x: x@x.mT>300, copied=lambda x: x.clone().copy_(x*.7)>.5)
+
+@pytest.mark.parametrize('f', whole.values(), ids=whole)
+def test_whole_numbers_are_no_real_ones(f):
+    "They are cut off, and begin anew where their type ends."
+    x = torch.randint(0, 255, (2,3,6,6), dtype=torch.uint8)
+    not_proved(*by_hand(lambda m,x: f(x), lambda m,x: f(x*1.)), x)
+    proved(*by_hand(lambda m,x: f(x), lambda m,x: f(x)), x)
+
+def test_whole_weights():
+    x,w = torch.full((4,6), 15, dtype=torch.int8),torch.ones(3, 6, dtype=torch.int8)
+    for f in (lambda x,w: F.linear(x, w),lambda x,w: x@w.mT): not_proved(*by_hand(lambda m,x: f(x, m.w)/1., lambda m,x: f(x, 2*m.w)/2., w=w), x)
+    x,mask = torch.ones(4, 6, dtype=torch.int64),torch.tensor([2**52-1])
+    not_proved(Fn(lambda m,x: x&m.w, w=mask), Fn(lambda m,x: x&m.w, w=mask-1), x)
+    not_proved(*by_hand(lambda m,x: x-torch.full_like(x, 2**53), lambda m,x: x-torch.full_like(x, 2**53+1)), x)
+
+def test_what_a_certificate_must_not_run():
+    "Random numbers, and what writes to the model, also where all it gets is stored."
+    x = torch.randn(5, 6)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        not_proved(Fn(lambda m,x: x*F.dropout(m.w, .5, True), w=torch.ones(1)), Fn(lambda m,x: x*2), x)
+    def normed(momentum):
+        net = Fn(lambda m,x: x+F.batch_norm(m.w, m.mean, m.var, None, None, True, momentum))
+        for k,t in dict(w=torch.ones(5, 6)*3, mean=torch.zeros(6), var=torch.ones(6)).items(): net.register_buffer(k, t)
+        return net
+    a,b = normed(.1),normed(.5)
+    before = state(a),state(b)
+    not_proved(a, b, x)
+    assert (state(a),state(b))==before
+
+def test_numbers_that_a_common_factor_hides():
+    "What may be zero is taken for that, and how far it may be off counts."
+    big,less = (nn.Parameter(torch.tensor([2.**24-k])) for k in (0,1))
+    for k in (1,2): not_proved(Fn(lambda m,x: F.relu(x*0+1)), Fn(lambda m,x: F.relu(x*m.a-x*m.b+k)/k, a=big, b=less), torch.randn(4, 6))
+    a = 2.**19+torch.tensor([0,-2.**-5,0,-2.**-5]).reshape(4, 1, 1)
+    def shuffled(f): return Fn(lambda m,x: F.pixel_shuffle(f(m, x*.001+.001), 2), k=nn.Parameter(a), l=nn.Parameter(a.flip(0)))
+    not_proved(shuffled(lambda m,y: y), shuffled(lambda m,y: y+m.k-m.l), torch.randn(2, 4, 3, 3))
+
+def test_more_is_demanded():
+    "A program that refuses inputs which the original takes is not the same."
+    def demanding(m, x):
+        torch.ops.aten._assert_async.msg((x>0).all(), 'not positive')
+        return x*1
+    x = torch.rand(3, 4)
+    not_proved(*by_hand(lambda m,x: x*1, demanding), x)
+    proved(*by_hand(demanding, demanding), x)
+    proved(*by_hand(demanding, lambda m,x: x*1), x)
+
+def test_rounding_is_no_difference():
+    "Of a number that is zero but for rounding nothing can be told, and it is not said that two models differ."
+    def f(m, x): return x.softmax(1).sum(1)
+    assert certify(*by_hand(lambda m,x: f(m, x)-f(m, x), lambda m,x: f(m, x)-1), torch.randn(3, 4)).verdict=='not decided'
+
+def test_weights_of_other_kinds_have_a_hash():
+    for w in (torch.randn(6, dtype=torch.cfloat).conj(),torch.nested.nested_tensor([torch.randn(2), torch.randn(3)])):
+        net = Fn(lambda m,x: x*2)
+        net.register_buffer('w', w)
+        assert len(certify(net, net, torch.randn(4, 6)).folded)==64
 
 def test_a_remainder_is_a_condition():
     "Only a size of one has other code for reasons of memory alone."
@@ -722,6 +792,25 @@ def test_a_certificate_is_a_file(tmp_path):
     assert not Certificate.check(file, new)
     file.write_text('{}')
     with pytest.raises(FoldError, match='cannot be read'): Certificate.load(file)
+
+class Named(nn.Module):
+    "Two outputs by name."
+    def __init__(self, names):
+        super().__init__()
+        self.a,self.b,self.names = nn.Linear(6, 6),nn.Linear(6, 6),names
+    def forward(self, x): return dict(zip(self.names, (self.a(x),self.b(x))))
+
+def test_a_certificate_knows_names_sizes_and_weights(tmp_path):
+    "Which output has which name, which weight goes where, and which sizes are free."
+    first,x = Named('pq'),torch.randn(4, 6)
+    other = Named('qp')
+    other.load_state_dict(first.state_dict())
+    p = program(first, x)
+    file = proved(p, p).save(tmp_path/'c.json')
+    swapped = copy.deepcopy(p)
+    specs = [o for o in swapped.graph_signature.input_specs if o.target]
+    for o,t in zip(specs, [o.target for o in specs[2:]+specs[:2]]): o.target = t
+    assert [Certificate.check(file, o) for o in (p,program(other, x),swapped,program(first, x, free=False))]==[True,False,False,False]
 
 def test_nothing_changes():
     net,new,x = pair(Blocks, torch.randn(2, 3, 16, 16))
