@@ -427,10 +427,10 @@ def unvaried(
     model:nn.Module, # Any model
     samples:list, # `Sample`s: what it is called with
 )->list: # Names
-    "Arguments that are the same in all `samples`, and neither numbers nor tensors, so that nobody knows what else they may be: words, flags of other kinds, None."
+    "Arguments that are the same in all `samples`, and neither numbers nor tensors, so that nobody knows what else they may be: words, flags of other kinds, None, a list without entries."
     first,*more = [_arguments(model, s)[1] for s in samples]
     def tried(o): return isinstance(o, (Tensor,int,float)) or isinstance(o, Enum) and len(neighbours(o))==len(type(o))-1
-    def odd(v): return any(not tried(o) and not tensors_of(o) for o in tree_flatten(v)[0])
+    def odd(v): return isinstance(v, (list,tuple,dict)) and not v or any(not tried(o) and not tensors_of(o) for o in tree_flatten(v)[0])
     return [n for n,v in first.items() if odd(v) and all(repr(o.get(n))==repr(v) for o in more)]
 
 # %% ../nbs/07_cover.ipynb #19f3ea9b

@@ -424,7 +424,7 @@ def test_sizes_that_get_away_are_said(how, by):
     text = covers(either(lambda x: by(x.shape[3])), image(2,3,64,64))
     assert f"Not followed: sizes that become plain numbers (`{how.replace('numpy','int')}(shape[3])`, test_inputs.py:" in text
 
-@pytest.mark.parametrize('value,other', [('mean','sum'), (None,1), (torch.float32,torch.float64), (dict(how='mean'),dict(how='sum')), (F.relu,F.gelu)])
+@pytest.mark.parametrize('value,other', [('mean','sum'), (None,1), ([],[1]), (torch.float32,torch.float64), (dict(how='mean'),dict(how='sum')), (F.relu,F.gelu)])
 def test_arguments_that_are_no_numbers_are_said(value, other):
     class Takes(nn.Sequential):
         def forward(self, x, how): return super().forward(x)
