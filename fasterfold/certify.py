@@ -603,7 +603,8 @@ def computed(self:Walk, n, a):
     leaves = tree_leaves(dict(a))
     vals,free = [v for v in leaves if isinstance(v, Val)],any(isinstance(v, sympy.Basic) for v in leaves)
     if free or any(v.raw is None for v in vals) or not vals and n.all_input_nodes: return None
-    if torch.Tag.nondeterministic_seeded in n.target.tags or a.train or a.training or a.use_input_stats: return None # its law says what is to be said
+    writes = (a.training or a.use_input_stats) and a.running_mean is not None
+    if torch.Tag.nondeterministic_seeded in n.target.tags or a.train or writes: return None # its law says what is to be said
     def raw(v): return v.raw.detach().cpu().clone() if isinstance(v, Val) else torch.device('cpu') if isinstance(v, torch.device) else v
     raws = {k: tree_map(raw, v) for k,v in a.items()}
     try:

@@ -693,7 +693,11 @@ def test_stored_weights():
         def forward(self, x):
             w,dims = self.weight,(1,2,3)
             return self._conv_forward(x, (w-w.mean(dims, keepdim=True))/w.std(dims, keepdim=True), self.bias)
-    proved(*pair(lambda: nn.Sequential(Standard(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), Standard(6, 4, 3)), torch.randn(2, 3, 12, 12)))
+    class Normed(nn.Conv2d):
+        def forward(self, x):
+            w = F.batch_norm(self.weight.flatten(1)[None], None, None, training=True)
+            return self._conv_forward(x, w.view_as(self.weight), self.bias)
+    for kind in (Standard,Normed): proved(*pair(lambda: nn.Sequential(kind(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), kind(6, 4, 3)), torch.randn(2, 3, 12, 12)))
 
 def test_recurrent_layers():
     def f(m, x): return m.r(m.n(x.sigmoid()).permute(2, 0, 1))[0]
