@@ -293,7 +293,9 @@ def _same(w, a, n):
     return a.first
 
 # %% ../nbs/14_certify.ipynb #ce270020
-_typed = {'view','nan_to_num','rms_norm','_fused_rms_norm','nextafter','frexp'} # operations that count on the type of what they get
+# Operations that count on the type of what they get, and those that tell one zero from another, which no number does
+_typed = set('view view_copy nan_to_num rms_norm _fused_rms_norm nextafter frexp linalg_pinv linalg_matrix_rank linalg_lstsq'.split())
+_signed = set('signbit copysign atan2 arctan2'.split())
 
 def _kind(v, typed): return str(v.dtype) if typed or v.dtype is None or not v.dtype.is_floating_point or v.dtype.itemsize<2 else 'real'
 
@@ -307,6 +309,7 @@ def _named(w, a, typed=False):
 def same_function(w, a, n, name=None):
     "f(x) = f(x)"
     name = name or w.name(n)
+    if name in _signed: raise Undecided("may tell one zero from another")
     key = (name,_named(w, a, name in _typed))
     many = isinstance(n.meta['val'], (list,tuple))
     vals = [Val(w.table.find((*key,i))[0]) for i,_ in enumerate(n.meta['val'] if many else [0])]
@@ -725,6 +728,7 @@ def _div(w, a, n):
 def _to(w, a, n):
     "x = x, for real numbers; eight bits are too few to count as that"
     x = a.first
+    if x.core is None: return same_function(w, a, n) # each type has its own numbers
     return x if _is_real(n) and x.dtype.is_floating_point and min(x.dtype.itemsize, n.meta['val'].dtype.itemsize)>1 else same_function(w, a, n)
 
 @law('dropout','native_dropout','feature_dropout','alpha_dropout')

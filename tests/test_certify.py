@@ -524,7 +524,11 @@ def lifted(x):
     torch.ops.aten.lift(y).add_(1)
     return y
 
-looks_like = dict(lift=(lambda x: lifted(x),lambda x: x*2), training=(lambda x: torch.ops.aten.native_dropout(x, .5, None)[0],lambda x: x*1),
+looks_like = dict(zeros=(lambda x: torch.atan2(x.relu(), -x.relu()),lambda x: torch.atan2(x.relu(), 0-x.relu())),
+    copied_bits=(lambda x: torch.ops.aten.view_copy.dtype(x.half(), torch.int16),lambda x: torch.ops.aten.view_copy.dtype(x.bfloat16(), torch.int16)),
+    rank=(lambda x: torch.linalg.matrix_rank(x.float()),lambda x: torch.linalg.matrix_rank(x.double())),
+    constants=(lambda x: x*torch.full_like(x, 257.),lambda x: x*torch.full_like(x, 257.).bfloat16().float()),
+    lift=(lambda x: lifted(x),lambda x: x*2), training=(lambda x: torch.ops.aten.native_dropout(x, .5, None)[0],lambda x: x*1),
     bits=(lambda x: x.half().view(torch.int16),lambda x: x.bfloat16().view(torch.int16)),
     largest=(lambda x: x.relu().log().half().nan_to_num().double(),lambda x: x.relu().log().bfloat16().nan_to_num().double()),
     smallest=(lambda x: F.rms_norm(x.float(), (4,)).double(),lambda x: F.rms_norm(x.double(), (4,)).double()),
