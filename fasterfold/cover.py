@@ -263,9 +263,7 @@ def _smallest(asked): return min(asked, key=lambda o: o[0].numbers)
 def _turned(question, base, label, m, most, lines):
     "Sizes with another extent than `m` of `label`, for which the question would be answered otherwise: the nearest, and one that goes half as far again."
     def size(c): return lambda key,n: lines[key](c) if lines.get(key) else base.graph.watch.sizes.get(key, n)
-    def turns(c):
-        try: return question.again(size(c))!=question.answer
-        except (ArithmeticError,ValueError): return False
+    def turns(c): return question.turns(size(c))
     extents = range(1, min(4*m+at_most, most*m//max(base.numbers, 1)))
     if (c := next(filter(turns, sorted(extents, key=lambda c: abs(c-m))), None)) is None: return []
     further = c//2 if c<m else c+c//2
@@ -310,9 +308,7 @@ def turning_numbers(
     "Samples with another number among the arguments, with which the question would be answered otherwise."
     (base,question),given = _smallest(asked),{}
     question.again(lambda key,n: given.setdefault(key, n))
-    def turns(i, c):
-        try: return question.again(lambda key,n: c if key==i else n)!=question.answer
-        except (ArithmeticError,ValueError): return False
+    def turns(i, c): return question.turns(lambda key,n: c if key==i else n)
     def found(i, v): return next((c for c in sorted(_near(v, question.numbers), key=lambda c: abs(c-v)) if turns(i, c)), None)
     return [base.sample.put(i, c) for i,v in given.items() if isinstance(i, int) and (c := found(i, v)) is not None]
 
@@ -362,6 +358,10 @@ class Cover:
     def main(self):
         "The first input that was traced."
         return next((t for t in self.trials if t.traced), self.trials[0])
+    @property
+    def others(self):
+        "The user's samples that give other arguments than the first."
+        return [t for t in self.trials[1:self.given] if t.kind!=self.trials[0].kind]
     def questions(self, kind): return list({(q.where,q.text):q for t in self.trials for q in t.questions(kind)}.values())
     @property
     def lost(self):
@@ -444,10 +444,11 @@ def unasked(
     cover:Cover, # Of some inputs
 )->list: # Names
     "Integers among the arguments, also at their defaults, that are compared with nothing: they may count, or choose one of several."
-    def named(t): return [*zip(_by_leaf(cover.model, t.sample), tree_flatten((t.sample.args,t.sample.kwargs))[0])]
-    def asked(t): return {named(t)[k][0] for k in _keys(t.questions('size')) if isinstance(k, int)}
-    first,compared = cover.trials[0],set().union(*map(asked, cover.trials))
-    given = [*named(first),*not_given(cover.model, first.sample).items()]
+    s,compared = cover.trials[0].sample,set()
+    for t in cover.trials:
+        names = _by_leaf(cover.model, t.sample)
+        compared |= {names[k] for k in _keys(t.questions('size')) if isinstance(k, int)}
+    given = [*zip(_by_leaf(cover.model, s), tree_flatten((s.args,s.kwargs))[0]),*not_given(cover.model, s).items()]
     return list(dict.fromkeys(k for k,v in given if isinstance(v, int) and not isinstance(v, (bool,Enum)) and k not in compared))
 
 def opaque(
@@ -504,14 +505,12 @@ def _elsewhere(cover, base):
     def attempt(t, sizes):
         new = {k:sizes[o] for k,o in zip(cover.labels, t.sample.labels) if o in sizes}
         return cover.attempt(t.sizes|new, t.sample.resized(sizes), t.what)
-    for t in [t for t in cover.trials if t in given and _other(cover, t) or new(t)]: cover.add(another(t.sample, partial(attempt, t)))
+    for t in [t for t in cover.trials if t in cover.others or new(t)]: cover.add(another(t.sample, partial(attempt, t)))
 
 # %% ../nbs/07_cover.ipynb #e1ed5b2b
 def _turned_channels(cover, base):
     "Try images with as many channels as turn a question that compares these."
-    def turns(q, n, c):
-        try: return q.again(lambda key,m: c if m==n else m)!=q.answer
-        except (ArithmeticError,ValueError): return False
+    def turns(q, n, c): return q.turns(lambda key,m: c if m==n else m)
     for k,n in cover.trials[0].sample.channels.items():
         found = [next((c for c in sorted(range(1, n+9), key=lambda c: abs(c-n)) if turns(q, n, c)), None) for q in base.questions('size')]
         for c in list(dict.fromkeys(filter(None, found)))[:4]:
@@ -541,7 +540,7 @@ def widen(
     _further(cover, base)
     _turned_channels(cover, base)
     _larger(cover, base)
-    for t in (base,*[t for t in cover.trials[1:cover.given] if _other(cover, t)]):
+    for t in (base,*cover.others):
         for what,s in [*t.sample.varied(),*otherwise_given(cover.model, t.sample)]: cover.add(cover.attempt(t.sizes, s, what))
     _elsewhere(cover, base)
     if 'batch' in cover.labels and any(q.text=='len' for q in cover.questions('lost')):

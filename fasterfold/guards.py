@@ -28,6 +28,12 @@ class Question:
     answer:object = None # What came out
     again:object = None # For 'size': function of `size(key, n)`, which says what each size would be; returns what would come out
 
+    def turns(self, size):
+        "Would another answer come out if sizes were what `size(key, n)` says?"
+        try: return self.again(size)!=self.answer
+        except (ArithmeticError,ValueError): return False
+
+
 # %% ../nbs/03_guards.ipynb #390b4c83
 _libraries = tuple(os.path.dirname(m.__file__) for m in (torch,np))
 
@@ -216,7 +222,7 @@ def _look(self:Watch, name, args, kwargs):
         for d,n in _cuts[name](*args, **kwargs): _ = self._size(t, d, t.shape[d]) >= n
     if name in _pieces and t.dim() and is_dense(t) and (d := _pieces[name](*args, **kwargs)) is not None:
         self._size(t, d := d%t.dim(), t.shape[d])
-        self.note('lost', name.strip('_'), ((self.known[id(t)][1],d),))
+        self.note('lost', name, ((self.known[id(t)][1],d),))
     if name in ('__len__','stride'): self.note('lost', name.strip('_'))
     elif name in _reads or name=='where' and len(args)==1: self.note('data', name.strip('_'))
     elif name=='__getitem__' and any(_is_mask(i) and not self.own(i) for i in (args[1] if isinstance(args[1], tuple) else args[1:])): self.note('data', 'mask')

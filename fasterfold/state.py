@@ -174,14 +174,16 @@ _generators = [ # (kind of random number generator, functions that give and set 
     (np.random.RandomState, np.random.RandomState.get_state, np.random.RandomState.set_state),
     (np.random.Generator, lambda g: g.bit_generator.state, lambda g,state: setattr(g.bit_generator, 'state', state))]
 
-def _draws(o): return next(((o, get(o), put) for kind,get,put in _generators if isinstance(o, kind) and not isinstance(o, random.SystemRandom)), None)
+def _drawing(o):
+    "The functions that give and set the state of a random number generator; None for what is none, or has no state."
+    return next((fs for kind,*fs in _generators if isinstance(o, kind) and not isinstance(o, random.SystemRandom)), None)
 
 _numbers,_no_objects = (array,bytearray,np.ndarray),(type,ModuleType,nn.Module,Tensor,FunctionType,MethodType,partial)
 
-def _collect(o, res, deep, depth=3):
+def _collect(o, res, deep, depth):
     "Put into `res`, by `id`, the containers that `o` is and holds; if `deep`, also tensors, random number generators, and what functions and attributes of objects hold."
     if type(o) in _as_is or not depth or id(o) in res: return
-    if isinstance(o, (dict,list,set,deque,*_numbers)) or deep and (isinstance(o, Tensor) and not isinstance(o, nn.Parameter) or _draws(o)): res[id(o)] = o
+    if isinstance(o, (dict,list,set,deque,*_numbers)) or deep and (isinstance(o, Tensor) and not isinstance(o, nn.Parameter) or _drawing(o)): res[id(o)] = o
     elif type(o) is not tuple and deep and not isinstance(o, _no_objects) and type(attrs := getattr(o, '__dict__', None)) is dict: res[id(attrs)] = o = attrs
     if deep and isinstance(o, FunctionType):
         for k in o.__code__.co_names: _collect(o.__globals__.get(k), res, deep, depth-1)
@@ -216,19 +218,20 @@ class Structure:
         model:nn.Module, # Any model
         deep:bool=False, # Also what its hooks, functions and objects hold, and the tensors that are no buffers?
     ):
-        self.modules,self.tensors,self.draws,self.where = [],[],[],{} # `where`: module and attribute that lead to a container or a tensor, by its `id`
+        self.modules,self.tensors,self.draws,self.where,depth = [],[],[],{},5 if deep else 3 # `where`: module and attribute that lead to a container or a tensor, by its `id`
         for m in all_modules(model):
             own,more = vars(m),{}
             for k,v in _own(m):
-                _collect(v, more, deep, 5 if deep else 3)
+                _collect(v, more, deep, depth)
                 for i in more.keys()-self.where.keys(): self.where[i] = m,k
             if deep:
-                for k in filter(own.get, _hooks): _collect(own[k].copy(), more, deep, 5)
+                for k in filter(own.get, _hooks): _collect(own[k].copy(), more, deep, depth)
             held = [*map(own.get, _kinds)]
             if more:
                 self.tensors += [o for o in more.values() if isinstance(o, Tensor)]
-                self.draws += filter(None, map(_draws, more.values()))
-                held += [o for o in more.values() if not isinstance(o, (Tensor,*_numbers)) and not _draws(o)]
+                draws = [(o, *fs) for o in more.values() if (fs := _drawing(o))]
+                self.draws += [(o, get(o), put) for o,get,put in draws]
+                held += [o for o in more.values() if not isinstance(o, (Tensor,*_numbers)) and not _drawing(o)]
             full = [(o, o.copy()) for o in held if o and isinstance(o, (dict,set,list,deque))]
             full += [(o, copy.copy(o)) for o in more.values() if isinstance(o, _numbers)]
             self.modules.append((m, m.__class__, own.copy(), [o for o in held if not o], full, _scripted(m)))
