@@ -24,7 +24,7 @@ from .program import inputs_of, is_program, lift, lower
 from .proof import Proof, compare_runs, distance, eps_of, largest, nudge, prove, run_as, to_double
 from .sample import Sample, part_named
 from .state import Contents, FoldError, Still, Structure, check_model, copy_model, own_modes, preserved, wide
-from .strip import strip_dropout, strip_identity, strip_unused, take_out
+from .strip import put_identity, strip_dropout, strip_identity, strip_unused, take_out
 from .trace import glance, trace
 
 
@@ -163,7 +163,7 @@ class BN_Folder:
         if is_program(model): return self._fold_program(model, sample, samples)[1]
         model = check_model(model)
         samples = _samples(model, sample, samples, _parts(model, self.keep))
-        merged = _merge(model:=copy_model(model), samples[0]) if self.merge_branches else ({},[])
+        merged = _merge(model:=copy_model(model), samples, self.verify) if self.merge_branches else ({},[])
         _check_parts(cover := Cover(model, samples, trace))
         was,more = Structure(model) if self.strip_unused or self.store_weights and computing(cover.main.graph) else None,self._more
         try:
@@ -205,7 +205,7 @@ def undo(self:BN_Folder):
 @patch
 @_public
 def refold(self:BN_Folder)->FoldPlan: # What was folded now
-    "Fold the model of the last `fold` again, after `undo`, with the weights it has now: no new trace, and no proof. Raises `FoldError` if there is none, or it is folded."
+    "Fold the model of the last `fold` again, after `undo`, with the weights it has now: no new trace and no proof, so that only what folds in the same way goes. Raises `FoldError` if there is none, or it is folded."
     if self._last is None: raise FoldError("There is nothing to fold again: call `fold` first.")
     if self._undo: raise FoldError("The model is folded already: call `undo` first.")
     target,graph,kept = self._last
@@ -214,8 +214,8 @@ def refold(self:BN_Folder)->FoldPlan: # What was folded now
         if before.merged or before.stored or before.unused: # what was computed then came from the weights of then
             self.result = self._fold(target, self._more['samples'])
             return self.result
-        self.result = self._try(target, graph, dict(kept))
-        if self.strip_dropout: strip_dropout(target, graph)
+        self.result = self._try_as_before(target, graph, dict(kept), before)
+        for m in self._more.get('dropout', []): put_identity(target, m)
         take_out(target, before.stripped)
         if before.format: Formats(conv_weights(target, graph), self._undo[-1]).use(True)
     self.result.stripped,self.result.notes,self.result.format = before.stripped,before.notes,before.format
@@ -269,6 +269,15 @@ def _try(self:BN_Folder, target, graph, exclude, plan=None):
         else: return plan
 
 @patch
+def _try_as_before(self:BN_Folder, target, graph, exclude, before):
+    "The same with other weights; norms stay whose fold is not one of those in the plan `before`, which were proved."
+    while True:
+        plan = self._try(target, graph, exclude)
+        if not (new := [o.norm for o in plan.folded if o not in before.folded]): return plan
+        self._back()
+        exclude |= dict.fromkeys(new, "its fold with these weights is another one, which nobody has proved: call `fold` again")
+
+@patch
 def _fold_as(self:BN_Folder, target, graph, exclude, tests, plan=None):
     "Fold as `graph` says. The plan; if its proof failed, nothing is folded."
     plan = self._try(target, graph, exclude, plan)
@@ -282,7 +291,7 @@ def _fold_as(self:BN_Folder, target, graph, exclude, tests, plan=None):
 @patch
 def _fold(self:BN_Folder, target, samples):
     "Fold `target` in place; returns the plan."
-    self._more,merged = {},_merge(target, samples[0]) if self.merge_branches else ({},[])
+    self._more,merged = {},_merge(target, samples, self.verify) if self.merge_branches else ({},[])
     plan,cover = self._at_a_glance(target, samples) if self.verify and len(samples)==1 and not self.strip_unused else (None,None)
     if plan is None:
         known = [] if cover is None else cover.trials[1:]
@@ -291,8 +300,9 @@ def _fold(self:BN_Folder, target, samples):
         except _Unlike: plan = self._proved(target, cover := Cover(target, samples, partial(trace, watched=False)))
     plan = self._told(plan, *merged)
     if plan.merged: self._more['samples'] = samples
-    if self.strip_dropout: strip_dropout(target, self._last[1])
-    if self.strip_identity: plan.stripped,plan.notes[len(plan.notes):] = strip_identity(target, [t.sample for t in cover.trials], self.verify)
+    tried,graphs = [t.sample for t in cover.trials],[t.graph for t in cover.trials if t.traced]
+    if self.strip_dropout: self._more['dropout'],plan.notes[len(plan.notes):] = strip_dropout(target, graphs, tried)
+    if self.strip_identity: plan.stripped,plan.notes[len(plan.notes):] = strip_identity(target, tried, self.verify)
     if self.channels_last: self._format(target, cover, plan)
     return plan
 
@@ -344,7 +354,7 @@ def _at_a_glance(self:BN_Folder, target, samples):
 def _proved(self:BN_Folder, target, cover):
     "Fold what can be proved. The plan."
     main = cover.main
-    if self.verify and (main.plan.folded or self.strip_identity): widen(cover)
+    if self.verify and (main.plan.folded or self.strip_identity or self.strip_dropout): widen(cover)
     exclude = dict(main.exclude)
     tests,plan = _tests(cover) if self.verify else [],main.plan
     plan = self._fold_as(target, main.graph, exclude, tests, plan)
@@ -357,10 +367,12 @@ def _proved(self:BN_Folder, target, cover):
 class _Unlike(Exception): "The model does something else when it is watched, as a transformer encoder does: it has a faster way that it then leaves."
 
 def _tests(cover):
-    "The inputs to compare outputs on: those of the user, another size if the plan is not from there or the code asked something else of it, and all for which other norms would fold; the cheapest first."
+    """The inputs to compare outputs on: those of the user, another size if the plan is not from there or the code asked something else of it, and all for which other norms would fold, or where the code
+    went another way or answered otherwise, since it may do there what no trace sees; the cheapest first."""
     ts,main = cover.trials,cover.main
     alike = [t for t in ts if t is main or (same_edits(t.plan, main.plan) if t.traced else asked_alike(t, main))]
-    def needed(i, t): return t.sample.calls>1 or t.relaid or (ts[0] not in alike if t is main else not i or t not in alike)
+    def other(t): return t not in alike or t.way!=main.way or not asked_alike(t, main)
+    def needed(i, t): return t.sample.calls>1 or t.relaid or (ts[0] not in alike if t is main else not i or other(t))
     tests = ts[:cover.given]+[t for i,t in enumerate(ts[cover.given:]) if needed(i, t)]
     small = min(alike, key=lambda t: t.numbers)
     for t in tests: t.smaller = small if t in alike and 4*small.numbers<=t.numbers else None
@@ -503,19 +515,23 @@ def merge_blocks(
 
 def _norms_of(model): return [n for n,m in model.named_modules() if isinstance(m, _BatchNorm)]
 
-def _merge(target, sample):
-    "Let timm merge the branches of blocks that know how to; taken back if the outputs change. The norms that went with each block, by its name, and what to say of it."
-    snap,modes,refs = Snapshot(target),_modes(target),sample.run(target)
+def _merge(target, samples, verify):
+    """Let timm merge the branches of blocks that know how to; taken back if the outputs change for one of the `samples` or, if `verify`, for other inputs.
+    The norms that went with each block, by its name, and what to say of it."""
+    cover = Cover(target, samples, trace)
+    tried = [t.sample for t in (widen(cover) if verify else cover).trials]
+    snap,modes,refs = Snapshot(target),_modes(target),[s.run(target) for s in tried]
     blocks,norms = {n for n,m in target.named_modules() if merges(m)},_norms_of(target)
     with preserved(target):
         merge_blocks(target)
         merged = Snapshot(target)
-    again,exact,double = sample.run(target),run_as(target, sample),to_double(target)
+    again,exact,double = [s.run(target) for s in tried],[run_as(target, s) for s in tried],to_double(target)
     merge_blocks(double)
     merged.restore()
     _set_modes(target, modes)
-    try: ok = prove(sample.run(target), refs, again, run_as(double, sample), exact, eps_of(target)).ok
-    except FoldError: ok = False # a part that shall be kept is gone
+    def right(s, *was): return prove(s.run(target), *was[:2], run_as(double, s), was[2], eps_of(target)).ok
+    try: ok = all(map(right, tried, refs, again, exact))
+    except Exception: ok = False # a part that shall be kept is gone, or what the merged block is asked for
     if not ok:
         snap.restore()
         return {},["Branches are not merged: the model would compute something else."]

@@ -209,6 +209,16 @@ def pooled(self, x, pool):
     pools = [lambda y: y.mean((2,3)), lambda y: y[:,:,0,0], lambda y: y.sum((2,3)), lambda y: y[:,:,-1,-1]]
     return self.head(pools[pool](self.norm(self.conv(x).relu())))
 
+def far(x): return x.shape[3]>20
+
+def written_unseen(self, x):
+    "By NumPy, in the memory of a tensor, which no trace sees."
+    y = self.norm(self.conv(x).relu())
+    if far(x): np.maximum(y.numpy(), 0, out=y.numpy())
+    return self.last(y)
+
+def rounded(y): return torch.zeros(y.shape, dtype=torch.int64).copy_(y*9).to(y.dtype)
+
 class Optional(nn.Module):
     "Two arguments that matter only together."
     def __init__(self, off):
@@ -350,6 +360,12 @@ def situations():
         (image(2,3,16),[image(2,3,1),image(2,3,1)]), (image(2,3,16),[None,None]))
     add('enumeration', Fn(pooled, conv=conv(), norm=bn2(4), head=lin(4,2)), (y,Pool.MEAN), *((y,p) for p in Pool))
     add('mean_for_each_query', Attends(), image(2,5,4), image(3,5,4))
+    add('written_to_unseen', Fn(written_unseen, **last()), image(2,3,12,12), image(2,3,30,30))
+    add('rounded_by_a_copy', Fn(lambda s,x: s.conv(rounded(s.norm(x))), conv=conv(), norm=bn2(3)), y, image(1,3,9,9))
+    add('rounded_where_it_is_large', Fn(lambda s,x: s.conv(rounded(s.norm(x)) if far(x) else s.norm(x)), conv=conv(), norm=bn2(3)), y, image(1,3,30,30))
+    gain = Destandardize()
+    gain.mean.zero_()
+    add('sum_in_integers', Fn(lambda s,x: s.head(s.norm(x*9).sum((2,3), dtype=torch.int64).to(x.dtype)), head=lin(3,2), norm=gain), y, image(1,3,9,9))
     words,none = image(3,6,8),torch.zeros(3,6)>0
     some = torch.arange(6)>=torch.tensor([[4],[3],[6]])
     add('padding_mask', Encoder(), (words,none), (words,some))
@@ -364,7 +380,7 @@ by_data = {'nothing_masked','short_batch','odd_width','wide','sign_of_the_mean',
     'cut_at_a_number','larger_side','sizes_together','bits_of_a_size','division_by_a_size','cut_at_a_larger_number','pieces_of_a_length',
     'channels_last','frames_of_a_clip','clips_of_eight_frames','square_images_only','one_function_at_every_level','one_function_at_two_sizes','padding_from_a_size','window_from_a_size',
     'one_input_longer','one_twin_larger','two_conditions_left_out','two_flags_on','view_of_what_a_norm_made','written_to_after_a_norm','pads_if_asked',
-    'one_view_of_four','none_in_a_tuple','none_in_a_named_tuple','caches_at_the_first_call','enumeration','halved_often','windows_of_a_length','fourth_channel','reference_as_small','entry_as_small',
+    'one_view_of_four','none_in_a_tuple','none_in_a_named_tuple','caches_at_the_first_call','enumeration','written_to_unseen','rounded_where_it_is_large','halved_often','windows_of_a_length','fourth_channel','reference_as_small','entry_as_small',
     'condition_left_out','condition_left_out_by_name','one_view_less','one_view_less_in_a_tuple','one_sensor_less','one_argument_less','domain_of_a_whole_batch'} # what only a run can show
 
 def right(model, folded, inputs):
@@ -630,6 +646,52 @@ def test_each_sample_is_tried_at_other_sizes():
     model,folder = randomize_norms(Fn(hinted, conv=conv(padding=1), norm=nn.BatchNorm2d(4), last=conv(4,2))),BN_Folder()
     right(model, folder.fold(model, samples=[x,(x,hint)]), [x,wide,(x,hint),(wide,hint)])
     assert 'where `constant_pad_nd` in `the model` runs' in reason(folder.result, 'norm')
+
+class Branches(nn.Module):
+    "timm merges its branches by `fuse`; the second one runs on small inputs only."
+    def __init__(self):
+        super().__init__()
+        self.a,self.norm,self.b = conv(3,3,padding=1),nn.BatchNorm2d(3),conv(3,3,1)
+    def forward(self, x): return self.norm(self.a(x)) if far(x) else self.norm(self.a(x))+self.b(x)
+    def fuse(self):
+        res = nn.utils.fusion.fuse_conv_bn_eval(self.a.eval(), self.norm.eval())
+        with torch.no_grad():
+            res.weight[:,:,1:2,1:2] += self.b.weight
+            res.bias += self.b.bias
+        return res
+
+@pytest.mark.parametrize('verify, given', [(True,1),(True,2),(False,2)])
+def test_merged_branches_are_tried_on_all_inputs(verify, given):
+    xs = [image(1,3,12,12),image(1,3,30,30)]
+    model,folder = randomize_norms(nn.Sequential(Branches(), nn.ReLU(), conv(), nn.BatchNorm2d(4))),BN_Folder(verify=verify, merge_branches=True)
+    right(model, folder.fold(model, samples=xs[:given]), xs)
+    assert not folder.result.merged and 'Branches are not merged: the model would compute something else.' in folder.result.notes
+
+def test_formats_are_tried_on_all_inputs():
+    def f(s, x):
+        y = s.last(s.norm(s.conv(x)))
+        return y.view(len(x), -1).mean(1) if far(x) else y.mean((1,2,3))
+    model,x = randomize_norms(Fn(f, conv=conv(padding=1), norm=nn.BatchNorm2d(4), last=conv(4,4))),image(1,3,12,12)
+    right(model, BN_Folder(channels_last=True).fold(model, x), [x,image(1,3,30,30)])
+
+def test_folding_again_with_other_weights():
+    "What stayed with the old ones was never proved."
+    def f(s, x):
+        h = s.conv(x).relu()
+        y = s.norm(h)
+        return s.last((y+h if far(x) else y).relu())
+    model,x = randomize_norms(Fn(f, conv=nn.Sequential(conv(3,3,1), nn.BatchNorm2d(3), conv(3,4,1)), norm=nn.BatchNorm2d(4), last=conv(4,2))),image(1,3,12,12)
+    with torch.no_grad():
+        for o in (model.norm.bias,model.norm.running_mean): o.zero_()
+        model.norm.weight[0] = -1
+    folder = BN_Folder()
+    folder.fold(model, x, inplace=True)
+    folder.undo()
+    with torch.no_grad(): model.norm.weight.abs_()
+    old = copy.deepcopy(model)
+    plan = folder.refold()
+    right(old, model, [x,image(1,3,30,30)])
+    assert names_of(plan.folded)==['conv.1'] and 'which nobody has proved: call `fold` again' in reason(plan, 'norm')
 
 def test_arguments_of_the_second_sample_are_given():
     class Masks(nn.Sequential):

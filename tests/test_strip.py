@@ -1,5 +1,5 @@
 "`nn.Identity` goes where nobody can tell, and stays wherever somebody might."
-import io, threading
+import copy, io, threading
 import pytest, torch
 from torch import nn
 from fastai.layers import MergeLayer,SequentialEx
@@ -279,3 +279,48 @@ def test_dropout_in_the_place_of_a_norm():
     assert distance(run(new, x), run(net, x))<1e-6
     folder,new = strip(net, strip_dropout=True)
     assert [*new.body[1]._modules]==['1']
+
+class DropWide(nn.Dropout):
+    def forward(self, x): return x*.5 if x.shape[-1]>20 else super().forward(x)
+
+class DropMasked(nn.Dropout):
+    def forward(self, x, mask=None): return super().forward(x) if mask is None else x*mask
+
+class Dropped(nn.Module):
+    "Hands the output of `norm` to `f`, for which it has a `drop`."
+    def __init__(self, drop, f=lambda s,x: s.drop(x)):
+        super().__init__()
+        self.conv,self.norm,self.drop,self.f = conv(3),nn.BatchNorm2d(4),drop,f
+        randomize_norms(self)
+    def forward(self, x, *rest): return self.f(self, self.norm(self.conv(x)), *rest)
+
+@pytest.mark.parametrize('net, given, others', [
+    (Dropped(DropWide()), [sample(s=12)], [sample(s=30)]),
+    (Dropped(DropMasked(), lambda s,x,*m: s.drop(x, *m)), [x:=sample(), (x,torch.rand(1,1,8,8))], []),
+    (Dropped(nn.Dropout(), lambda s,x: s.drop(x)*(1-s.drop.p)), [sample()], [])], ids=['works_on_large_inputs','takes_a_mask','is_asked_for_p'])
+@pytest.mark.parametrize('inplace', [False,True])
+def test_dropout_that_does_more_stays(net, given, others, inplace):
+    "It works where the sample does not show it, takes more than an `nn.Identity`, or is read by the code around it."
+    net = copy.deepcopy(net)
+    refs,folder = [run(net, Sample.of(x)) for x in given+others],BN_Folder(strip_dropout=True)
+    new = folder.fold(net, samples=given, inplace=inplace)
+    if inplace:
+        folder.undo()
+        folder.refold()
+    for x,ref in zip(given+others, refs): assert distance(run(new, Sample.of(x)), ref)<1e-5
+    assert type(new.drop)==type(net.drop) and names_of(folder.result.folded)==['norm']
+
+def test_dropout_that_stays_is_said():
+    folder = BN_Folder(strip_dropout=True)
+    folder.fold(Dropped(nn.Dropout(), lambda s,x: s.drop(x)*(1-s.drop.p)), sample())
+    assert 'Dropout stays in `drop`: without it, the model did not compute the same.' in folder.result.notes
+
+def test_folding_again_strips_the_same_dropout():
+    net = Net(body=lambda: nn.Sequential(conv(), nn.Dropout(), nn.BatchNorm2d(4), nn.Dropout2d()))
+    folder,refs = BN_Folder(strip_dropout=True),run(net, x:=sample())
+    folder.fold(net, x, inplace=True)
+    for _ in range(2):
+        assert [type(m) for m in net.body]==[nn.Conv2d]+3*[nn.Identity] and distance(run(net, x), refs)<1e-5
+        folder.undo()
+        assert [type(m) for m in net.body]==[nn.Conv2d,nn.Dropout,nn.BatchNorm2d,nn.Dropout2d]
+        folder.refold()

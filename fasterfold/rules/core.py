@@ -161,6 +161,8 @@ def beside(
     return register(BESIDE, names)
 
 # %% ../../nbs/rules/00_core.ipynb #6abadadf
+def _is_real(v): return v.dtype.is_floating_point or v.dtype.is_complex
+
 def pull_through(
     op:Op, # The operation
     out:Value, # One of its outputs
@@ -169,6 +171,7 @@ def pull_through(
 )->list: # Pairs (input value, map wanted of it); identities are dropped
     "What `op` needs of its inputs so that `out` becomes `a(out)`. Raises `Blocked`."
     if op.name not in PULL: raise Blocked(f"it comes after {op.label}")
+    need(_is_real(out), f"{op.label} turns it into integers")
     return [(v,m) for v,m in PULL[op.name](op, out, a, ctx) if not m.is_identity]
 
 def push_through(
@@ -179,7 +182,9 @@ def push_through(
     "What becomes of the maps that the inputs of `op` carry. Raises `Blocked`."
     if op.name not in PUSH: raise Blocked(f"it is followed by {op.label}")
     outs,asks = PUSH[op.name](op, carried, ctx)
-    return [(v,m) for v,m in outs if v is not None and not m.is_identity], [(v,m) for v,m in asks if not m.is_identity]
+    outs = [(v,m) for v,m in outs if v is not None and not m.is_identity]
+    need(all(_is_real(v) for v,_ in outs), f"{op.label} turns it into integers")
+    return outs, [(v,m) for v,m in asks if not m.is_identity]
 
 # %% ../../nbs/rules/00_core.ipynb #ea58ab02
 def constant_map(
