@@ -23,6 +23,7 @@ class Snapshot:
     ):
         self.structure,self.grads = Structure(model),[(p, p.requires_grad) for p in model.parameters()]
         self.contents = Contents(model) if own_modes(model) else None # else nothing writes to a tensor: it gets others
+        self.homes = [(p, p.data) for p in model.parameters()]
         self.datas,self.edits = [],[] # (tensor, what it held), and (parameter, what it held, its maps)
 
     def swap(self,
@@ -36,6 +37,8 @@ class Snapshot:
     def restore(self):
         "Undo every change since."
         for t,old in reversed(self.datas): t.data = old
+        for p,old in self.homes:
+            if (p.dtype,p.device)!=(old.dtype,old.device): p.data = old # the model was moved or cast
         self.structure.restore()
         for p,grad in self.grads:
             if p.requires_grad!=grad: p.requires_grad_(grad)

@@ -25,7 +25,7 @@ from .proof import Proof, compare_runs, distance, eps_of, largest, nudge, prove,
 from .sample import Sample, part_named
 from .state import Contents, FoldError, Still, Structure, check_model, copy_model, own_modes, preserved, wide
 from .strip import put_identity, strip_dropout, strip_identity, strip_unused, take_out
-from .trace import glance, trace
+from .trace import glance, trace, user_hooks
 
 
 # %% ../nbs/11_fold.ipynb #eb52023c
@@ -142,12 +142,12 @@ class BN_Folder:
         store_attr()
         for k in _values: _check_option(k, getattr(self, k))
         _listed(keep)
-        self.result,self.formats,self.chooses,self._undo,self._last,self._whole,self._more = None,None,True,[],None,None,{}
+        self.result,self.formats,self.chooses,self._undo,self._last,self._was,self._whole,self._more = None,None,True,[],None,None,None,{}
 
     def __repr__(self):
         keep = self.keep if isinstance(self.keep, str) else tuple(k if isinstance(k, str) else type(k).__name__ for k in _listed(self.keep))
         return f"{type(self).__name__}({', '.join([*[f'{k}={getattr(self, k)!r}' for k in _values], f'keep={keep!r}'])})"
-    def __getstate__(self): return vars(self) | dict(formats=None, _undo=[], _last=None, _whole=None, _more={}) # the model it folded stays here
+    def __getstate__(self): return vars(self) | dict(formats=None, _undo=[], _last=None, _was=None, _whole=None, _more={}) # the model it folded stays here
 
     @_public
     def plan(self,
@@ -194,24 +194,40 @@ class BN_Folder:
         return self._whole
 
 # %% ../nbs/11_fold.ipynb #c09513c1
+def _anatomy(model):
+    "What tells, beside a `Structure`, whether a trace of `model` still holds: its modules, who watches them, and the types of its numbers."
+    modules = [(n, m, type(m), user_hooks(m)) for n,m in model.named_modules(remove_duplicate=False)]
+    return modules,[t.dtype for t in (*model.parameters(),*model.buffers())]
+
+@patch
+def _is_as_then(self:BN_Folder):
+    "Is the model of the last `fold`, apart from numbers in its tensors, what it was then?"
+    structure,anatomy = self._was
+    return next(structure.changed(), None) is None and anatomy==_anatomy(self._last[0])
+
+# %% ../nbs/11_fold.ipynb #1a12b8b8
 @patch
 @_public
 def undo(self:BN_Folder):
     "Give the last model that was folded back as it was, bit for bit. Raises `FoldError` if there is none."
     if not self._undo: raise FoldError("There is nothing to undo: nothing was folded, or it was undone before.")
+    structure = self._undo[0].structure
     self._back()
+    if self._last is not None: self._was = structure,_anatomy(self._last[0])
     _list_buffers(self._whole)
 
 @patch
 @_public
 def refold(self:BN_Folder)->FoldPlan: # What was folded now
-    "Fold the model of the last `fold` again, after `undo`, with the weights it has now: no new trace and no proof, so that only what folds in the same way goes. Raises `FoldError` if there is none, or it is folded."
+    "Fold the model of the last `fold` again, after `undo`, with the weights it has now: no new trace and no proof, so that only what folds in the same way goes. Raises `FoldError` if there is none, it is folded, or has other modules, parameters, attributes or types now."
     if self._last is None: raise FoldError("There is nothing to fold again: call `fold` first.")
     if self._undo: raise FoldError("The model is folded already: call `undo` first.")
     target,graph,kept = self._last
     before = self.result
+    anew = before.merged or before.stored or before.unused # what was computed then came from the weights of then
+    if not anew and not self._is_as_then(): raise FoldError("The model has other modules, tensors, attributes, hooks or types of numbers than when it was folded: call `fold` again.")
     with self._all_or_nothing(target):
-        if before.merged or before.stored or before.unused: # what was computed then came from the weights of then
+        if anew:
             self.result = self._fold(target, self._more['samples'])
             return self.result
         self.result = self._try_as_before(target, graph, dict(kept), before)
@@ -366,14 +382,21 @@ def _proved(self:BN_Folder, target, cover):
 
 class _Unlike(Exception): "The model does something else when it is watched, as a transformer encoder does: it has a faster way that it then leaves."
 
+# %% ../nbs/11_fold.ipynb #959cb84f
+def _way(t):
+    "What tells whether the code went another way: operations and where they ran, and what came out of comparisons."
+    return (*t.way, frozenset((q.where, q.answer) for q in t.questions('size')))
+
 def _tests(cover):
-    """The inputs to compare outputs on: those of the user, another size if the plan is not from there or the code asked something else of it, and all for which other norms would fold, or where the code
-    went another way or answered otherwise, since it may do there what no trace sees; the cheapest first."""
+    """The inputs to compare outputs on: those of the user, another size if the plan is not from there or the code asked something else of it, all for which other norms would fold, and one for each way
+    that the code went, since it may do there what no trace sees; the cheapest first."""
     ts,main = cover.trials,cover.main
     alike = [t for t in ts if t is main or (same_edits(t.plan, main.plan) if t.traced else asked_alike(t, main))]
-    def other(t): return t not in alike or t.way!=main.way or not asked_alike(t, main)
-    def needed(i, t): return t.sample.calls>1 or t.relaid or (ts[0] not in alike if t is main else not i or other(t))
+    def needed(i, t): return t.sample.calls>1 or t.relaid or (ts[0] not in alike if t is main else not i or t not in alike)
     tests = ts[:cover.given]+[t for i,t in enumerate(ts[cover.given:]) if needed(i, t)]
+    ways = set(map(_way, [main,*tests]))
+    for t in sorted(ts, key=lambda t: t.numbers):
+        if (way := _way(t)) not in ways: ways,tests = ways|{way},[*tests,t]
     small = min(alike, key=lambda t: t.numbers)
     for t in tests: t.smaller = small if t in alike and 4*small.numbers<=t.numbers else None
     return sorted(tests, key=lambda t: t.numbers)

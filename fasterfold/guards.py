@@ -61,6 +61,7 @@ class _Asked:
     def _lost(self, how):
         self.watch.note('lost', f'{how}({self.text})')
         return self.plain
+    def __pos__(self): return self
     def __bool__(self): return self!=0
     def __divmod__(self, other): return self//other, self%other
     def __rdivmod__(self, other): return other//self, other%self
@@ -70,8 +71,9 @@ class _Asked:
 
 # %% ../nbs/03_guards.ipynb #30a5857d
 def _arithmetic(symbol, f, swap):
-    def op(self, other, *_):
+    def op(self, other, *modulus):
         if not isinstance(other, (int,float)): return NotImplemented
+        if modulus: return pow(self._lost('pow'), other, *modulus)
         args = (other,self) if swap else (self,other)
         return self._new(f, args, f"{_text(args[0])} {symbol} {_text(args[1])}")
     return op
@@ -101,12 +103,20 @@ class Extent(_Asked, int):
     base = staticmethod(lambda s: int.__add__(s, 0))
     def __int__(self): return self._lost('int')
     def __float__(self): return float(self._lost('float'))
+    def __invert__(self): return -self-1
     def bit_length(self): return self._lost('bit_length').bit_length()
+    def as_integer_ratio(self): return self._lost('as_integer_ratio'),1
+    numerator = property(lambda self: self._lost('numerator'))
 
 class Ratio(_Asked, float):
     "A float that remembers."
     base = staticmethod(lambda s: float.__add__(s, 0.))
     def __int__(self): return int(self._lost('int'))
+    def is_integer(self): return self%1==0
+    def as_integer_ratio(self): return self._lost('as_integer_ratio').as_integer_ratio()
+    def __array_ufunc__(self, func, how, *args, **kwargs):
+        self._lost(func.__name__)
+        return getattr(func, how)(*[getattr(a, 'plain', a) for a in args], **kwargs)
 
 def remember(
     v, # A number
@@ -135,11 +145,13 @@ def _split(t, size=None, dim=0, **_): return [(dim%t.dim(), size+1)] if type(siz
 
 # Of a function: the dimension whose extent says how many pieces it makes
 _pieces = dict(unbind=lambda t, dim=0: dim, split=lambda t, size=None, dim=0: dim if type(size) is int else None)
+_pieces |= dict.fromkeys(('chunk','unsafe_chunk','tensor_split'), lambda t, n=None, dim=0, **_: dim)
 
 _cuts = dict(__getitem__=_sliced, split=_split) # of a function: pairs of a dimension, and of the least extent with which something is cut off
 
 # %% ../nbs/03_guards.ipynb #5a1cc005
 _reads = set('item tolist numpy __bool__ __int__ __float__ __index__ __array__ __dlpack__ __contains__ __complex__ nonzero argwhere unique unique_consecutive masked_select equal allclose is_nonzero bincount'.split())
+_unseen = set('numpy tolist __array__ __dlpack__ data_ptr untyped_storage apply_ map_'.split()) # after these no operation need tell of what is read or written
 
 def _is_mask(i): return isinstance(i, Tensor) and i.dtype in (torch.bool,torch.uint8)
 
@@ -152,15 +164,16 @@ def _asked_in(o):
 _windows = 'conv','pool','pad','unfold' # parts of names of functions to which a kernel of one or no padding is as good as none
 
 # %% ../nbs/03_guards.ipynb #2c51c2b1
-_shape = Tensor.shape.__get__
+_shape,_nbytes = Tensor.shape.__get__,Tensor.nbytes.__get__
 
 class Watch(TorchFunctionMode):
     "Note what the code of a model asks while it runs."
     def __init__(self,
         own, # Function of a tensor: does it belong to the model?
+        leak=None, # Function of a tensor and the name of a function by which it is read or written unseen
     ):
         super().__init__()
-        self.own,self.questions,self.sizes,self.busy,self.on = own,[],{},False,True # `sizes`: (tensor in the order of asking, dimension) to extent, place of a number in the sample to it
+        self.own,self.leak,self.questions,self.sizes,self.busy,self.on = own,leak,[],{},False,True # `sizes`: (tensor in the order of asking, dimension) to extent, place of a number in the sample to it
         self.known,self.order = {},count()
 
     def __exit__(self, *exc):
@@ -197,7 +210,7 @@ class Watch(TorchFunctionMode):
         t = args[0] if args else None
         if isinstance(t, Tensor) and not self.own(t):
             if func==_shape or name in ('size','numel','nelement') and is_dense(t): return self._sized(func, args, kwargs)
-            self._look(name, args, kwargs)
+            self._look('nbytes' if func==_nbytes else name, args, kwargs)
         before = self.busy
         asked = _asked_in([*args,*kwargs.values()])
         self.busy = before or bool(asked)
@@ -223,6 +236,7 @@ def _look(self:Watch, name, args, kwargs):
     if name in _pieces and t.dim() and is_dense(t) and (d := _pieces[name](*args, **kwargs)) is not None:
         self._size(t, d := d%t.dim(), t.shape[d])
         self.note('lost', name, ((self.known[id(t)][1],d),))
-    if name in ('__len__','stride'): self.note('lost', name.strip('_'))
+    if name in _unseen and self.leak: self.leak(t, name)
+    if name in ('__len__','stride','nbytes','untyped_storage'): self.note('lost', name.strip('_'))
     elif name in _reads or name=='where' and len(args)==1: self.note('data', name.strip('_'))
     elif name=='__getitem__' and any(_is_mask(i) and not self.own(i) for i in (args[1] if isinstance(args[1], tuple) else args[1:])): self.note('data', 'mask')

@@ -401,7 +401,7 @@ class FoldedValidation(_AtHome):
     ):
         "Call `batches` while the model is folded."
         folder = self.folder or BN_Folder()
-        if self.folder: folder.refold()
+        if self.folder and folder._is_as_then(): folder.refold()
         else: folder.fold(self.learn.model, samples=_samples(self.learn, self.sample), inplace=True)
         try:
             self.folder = folder

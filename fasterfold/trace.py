@@ -424,6 +424,12 @@ def _doubt(self:Tracer, call, args, kwargs, out):
     if all(v.kind!='outside' and (v.op is None or 'empty' not in v.op.name) for v in values): return
     for t in tensors_of((args,kwargs)): self.value(t).hooks.append(f"TorchScript (`{call.name}`)")
 
+@patch
+def leak(self:Tracer, t, name):
+    "Note on `t` that a function called `name` reads it, or writes to it, where nobody sees."
+    if (v := self.known.get(t)) is not None and not v.const: v.hooks.append(f"`{name}`")
+
+
 # %% ../nbs/04_trace.ipynb #5a1c0f41
 class _Own(dict):
     "The parameters or buffers of a module, which note who asks for them."
@@ -636,7 +642,7 @@ def _record(model, sample, watched, still):
         tracer = Tracer(model, given := sample.copied(), still)
         graph = tracer.graph
         if watched:
-            tracer.watch = graph.watch = Watch(tracer.owns)
+            tracer.watch = graph.watch = Watch(tracer.owns, tracer.leak)
             given = graph.watch.numbers(given)
         _pass(tracer, model, sample, given)
         graph.changed = still.changed

@@ -3,9 +3,11 @@
 Each situation is a small model, a sample, and inputs unlike it: another size, batch, length, argument or route. Folded with the proof on, the model
 must be right for all of them. With the proof off it must be, too, wherever no data decides: a rule that counts on a property of the sample is wrong."""
 import copy, enum, numpy as np, pytest, torch, torch.nn.functional as F
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import NamedTuple
 from torch import nn
+from torch.nn.utils import prune
 from fasterfold.sample import Sample
 from fasterfold.state import FoldError
 from helpers import *
@@ -692,6 +694,67 @@ def test_folding_again_with_other_weights():
     plan = folder.refold()
     right(old, model, [x,image(1,3,30,30)])
     assert names_of(plan.folded)==['conv.1'] and 'which nobody has proved: call `fold` again' in reason(plan, 'norm')
+
+others_now = dict(cast=lambda m: m.double().float(), assigned=lambda m: m.load_state_dict({k:v.clone() for k,v in m.state_dict().items()}, assign=True),
+    eps=lambda m: setattr(m[1], 'eps', .5), norm=lambda m: m._modules.update({'1':nn.BatchNorm2d(4)}),
+    pruned=lambda m: prune.l1_unstructured(m[0], 'weight', .5),
+    normed=lambda m: nn.utils.parametrizations.weight_norm(m[0]), hooked=lambda m: m[1].register_forward_hook(lambda *a: None), half=lambda m: m[3].half())
+
+@pytest.mark.parametrize('change', others_now.values(), ids=others_now)
+def test_a_model_that_has_become_another_one_is_not_folded_again(change):
+    "What a trace noted of its buffers, attributes and modules holds no more."
+    x,folder = image(2,3,8,8),BN_Folder()
+    model = randomize_norms(nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(), conv(4,4))).train()
+    folder.fold(model, x, inplace=True)
+    folder.undo()
+    model(x)
+    folder.refold()
+    folder.undo()
+    change(model)
+    before = state(model)
+    with pytest.raises(FoldError, match='call `fold` again'): folder.refold()
+    assert state(model)==before
+
+@pytest.mark.parametrize('move', [nn.Module.double,nn.Module.half,lambda m: m.to(torch.bfloat16)])
+def test_undo_of_a_model_that_was_cast(move):
+    model,folder,x = randomize_norms(nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(), conv(4,4))),BN_Folder(),image(2,3,8,8)
+    before,ref = state(model),run(model, x)
+    folder.fold(model, x, inplace=True)
+    move(model)
+    folder.undo()
+    assert state(model)==before and all(map(torch.equal, run(model, x), ref))
+
+unseen = dict(numpy=lambda y: torch.from_numpy(y.numpy().clip(0)), array=lambda y: torch.from_numpy(np.asarray(y).clip(0)),
+    list=lambda y: torch.tensor(y.tolist()).relu())
+
+@pytest.mark.parametrize('verify', [True,False])
+@pytest.mark.parametrize('read', unseen.values(), ids=unseen)
+def test_what_is_read_unseen_stays(read, verify):
+    "Whether the sample shows that, another size, or other numbers."
+    for when in (lambda x: True, lambda x: x.shape[3]>20, lambda x: x.max().item()>9):
+        def f(s, x):
+            y = s.conv(x)
+            return s.norm(y).relu()+read(y) if when(x) else s.norm(y).relu()
+        model,x = randomize_norms(Fn(f, conv=conv(padding=1), norm=nn.BatchNorm2d(4))),image(2,3,8,8)
+        folder = BN_Folder(verify=verify)
+        inputs = [x,image(2,3,8,30),10*x] if verify else [x]
+        right(model, folder.fold(model, x), inputs)
+    folder.fold(model:=randomize_norms(Fn(lambda s,x: s.norm(y:=s.conv(x)).relu()+read(y), conv=conv(), norm=nn.BatchNorm2d(4))), x)
+    assert 'sees what lies in between' in reason(folder.result, 'norm')
+
+lost = dict(ceil=lambda x: int(np.ceil(x.shape[2]/320))>1, chunk=lambda x: len(x.chunk(40, 2))==40, tensor_split=lambda x: len(x.tensor_split([3,50], 2))>3,
+    nbytes=lambda x: x.nbytes>50000, storage=lambda x: x.untyped_storage().nbytes()>50000, ratio=lambda x: (x.shape[2]/640).as_integer_ratio()[1]==1,
+    fraction=lambda x: Fraction(x.shape[2], 100)>5, modulus=lambda x: pow(x.shape[2], 2, 641)==1)
+
+@pytest.mark.parametrize('by', lost.values(), ids=lost)
+def test_sizes_that_become_plain_numbers_are_said(by):
+    text = covers(Fn(lambda s,x: s.norm(s.conv(x))*(2 if by(x) else 1), conv=conv(), norm=nn.BatchNorm2d(4)), image(2,3,8,8))
+    assert 'Not followed: sizes that become plain numbers (`' in text and any(f in text for f in ('test_inputs.py:','fractions.py:'))
+
+@pytest.mark.parametrize('by, wide', [(lambda x: +x.shape[2]>50, 60),(lambda x: (x.shape[2]/30).is_integer(), 30),(lambda x: ~x.shape[2]<-50, 60)])
+def test_what_is_made_of_sizes_is_followed(by, wide):
+    model,x = randomize_norms(Fn(lambda s,x: s.norm(s.conv(x)) if not by(x) else s.conv(x), conv=conv(), norm=nn.BatchNorm2d(4))),image(2,3,8,8)
+    right(model, BN_Folder().fold(model, x), [x,image(2,3,wide,8)])
 
 def test_arguments_of_the_second_sample_are_given():
     class Masks(nn.Sequential):
