@@ -743,7 +743,7 @@ def test_what_is_read_unseen_stays(read, verify):
     assert 'sees what lies in between' in reason(folder.result, 'norm')
 
 lost = dict(ceil=lambda x: int(np.ceil(x.shape[2]/320))>1, chunk=lambda x: len(x.chunk(40, 2))==40, tensor_split=lambda x: len(x.tensor_split([3,50], 2))>3,
-    nbytes=lambda x: x.nbytes>50000, storage=lambda x: x.untyped_storage().nbytes()>50000, ratio=lambda x: (x.shape[2]/640).as_integer_ratio()[1]==1,
+    nbytes=lambda x: x.nbytes>50000, ratio=lambda x: (x.shape[2]/640).as_integer_ratio()[1]==1,
     fraction=lambda x: Fraction(x.shape[2], 100)>5, modulus=lambda x: pow(x.shape[2], 2, 641)==1)
 
 @pytest.mark.parametrize('by', lost.values(), ids=lost)

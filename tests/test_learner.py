@@ -252,6 +252,24 @@ def test_folded_validation_is_traced_once(tmp_path, quick, monkeypatch):
     with learn.no_logging(): learn.fit(3, 1e-2, cbs=FoldedValidation())
     assert called==['fold','refold','refold'] and len(norms(learn))==3
 
+def moved(model): model.double().float() # buffers are other tensors then, as after `.cuda()`
+def reparametrized(model): torch.nn.utils.parametrizations.weight_norm(model[1][0])
+def pruned(model): torch.nn.utils.prune.l1_unstructured(model[1][0], 'weight', .3)
+
+@pytest.mark.parametrize('change', [moved,reparametrized,pruned])
+def test_folded_validation_of_a_model_that_changes(change, tmp_path):
+    "It validates what trains now."
+    class Change(Callback):
+        def before_epoch(self):
+            if self.epoch==1: change(self.model)
+    res = []
+    for cbs in ([Change()],[Change(),FoldedValidation()]):
+        set_seed(0, True)
+        learn = plain(tmp_path, cbs=cbs)
+        with learn.no_bar(), learn.no_logging(): learn.fit(3)
+        res.append([list(o) for o in learn.recorder.values])
+    for a,b in zip(*res, strict=True): assert a==pytest.approx(b, rel=1e-4)
+
 @pytest.mark.parametrize('ex', [KeyboardInterrupt(),ZeroDivisionError('by zero'),CancelFitException()], ids=lambda o: type(o).__name__)
 def test_folded_validation_broken_off(ex, tmp_path, quick):
     class Stop(Callback):
