@@ -171,8 +171,9 @@ def pull_through(
 )->list: # Pairs (input value, map wanted of it); identities are dropped
     "What `op` needs of its inputs so that `out` becomes `a(out)`. Raises `Blocked`."
     if op.name not in PULL: raise Blocked(f"it comes after {op.label}")
+    asks = PULL[op.name](op, out, a, ctx) # a rule may say more
     need(_is_real(out), f"{op.label} turns it into integers")
-    return [(v,m) for v,m in PULL[op.name](op, out, a, ctx) if not m.is_identity]
+    return [(v,m) for v,m in asks if not m.is_identity]
 
 def push_through(
     op:Op, # The operation
