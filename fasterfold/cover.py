@@ -12,7 +12,7 @@ import inspect, torch
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property, partial
-from fastcore.basics import groupby
+from fastcore.basics import groupby, patch
 from torch import nn, Tensor
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path
 from .plan import FoldPlan, plan_folds
@@ -157,14 +157,14 @@ def another(
 
 # %% ../nbs/07_cover.ipynb #303c922c
 def _by_place(trials):
-    """Comparisons by place in the code and how often it was reached: pairs (trial, question). Other arguments that
-    make it be reached more or less often may ask of something else there, so theirs stand alone."""
-    def asked(t): return groupby(t.questions('size'), lambda q: q.where)
+    """Comparisons, and numbers made of sizes, by place in the code, by the calls that led there and how often they did: pairs (trial, question). Other
+    arguments that make it be reached more or less often may ask of something else there, so theirs stand alone."""
+    def asked(t): return groupby(t.questions('size')+t.questions('number'), lambda q: (q.where,q.path,q.kind))
     usual,res = [asked(t) for t in trials if t.kind==trials[0].kind],{}
     for t in trials:
-        for where,qs in asked(t).items():
-            alone = t.kind!=trials[0].kind and len(qs) not in [len(o.get(where, ())) for o in usual]
-            for n,q in enumerate(qs): res.setdefault((where, n, len(qs)*alone), []).append((t, q))
+        for place,qs in asked(t).items():
+            alone = t.kind!=trials[0].kind and len(qs) not in [len(o.get(place, ())) for o in usual]
+            for n,q in enumerate(qs): res.setdefault((*place, n, len(qs)*alone), []).append((t, q))
     return res
 
 def _keys(questions):
@@ -194,7 +194,7 @@ def _by_text(comparisons, trials):
 def asked_by_place(
     trials:list, # `Trial`s
 )->dict: # Place in the code to a list, for each comparison, of pairs (trial, question)
-    "Comparisons that depend on the input; of those at one place that say the same, one."
+    "Comparisons and numbers that depend on the input; of those at one place that say the same, one."
     res = {}
     for (where,*_),asked in _by_place(trials).items():
         if _extents(asked, trials): res.setdefault(where, []).append(asked)
@@ -203,9 +203,9 @@ def asked_by_place(
 # %% ../nbs/07_cover.ipynb #961f17f3
 def open_questions(
     trials:list, # `Trial`s
-)->dict: # (place in the code, text, what was compared first) to pairs (trial, question)
-    "Comparisons that depend on the input and came out the same way in all `trials`."
-    return {(where,a[0][1].text,a[0][1].numbers):a for where,comparisons in asked_by_place(trials).items() for a in comparisons if not _is_both(a)}
+)->dict: # (place in the code, text, what was compared first, path) to pairs (trial, question)
+    "Comparisons and numbers that depend on the input and came out the same way in all `trials`."
+    return {(where,a[0][1].text,a[0][1].numbers,a[0][1].path):a for where,comparisons in asked_by_place(trials).items() for a in comparisons if not _is_both(a)}
 
 # %% ../nbs/07_cover.ipynb #52fca985
 def fixed(
@@ -213,7 +213,7 @@ def fixed(
 )->list: # Questions
     "Comparisons of extents that no input of another size changes, where the model refused all others along a dimension that may vary."
     if all(any(t.sizes.get(k, n)!=n for t in cover.trials) for k,n in cover.labels.items()): return []
-    asked = [a for a in _by_place(cover.trials).values() if not _extents(a, cover.trials)]
+    asked = [a for a in _by_place(cover.trials).values() if a[0][1].kind=='size' and not _extents(a, cover.trials)]
     def must(text): return '(' not in text and not {'==','!='}.isdisjoint(text.split()) # as channels must be as many as a layer has
     return [a[0][1] for a in asked if not must(a[0][1].text)]
 
@@ -313,7 +313,7 @@ def turning_numbers(
     return [base.sample.put(i, c) for i,v in given.items() if isinstance(i, int) and (c := found(i, v)) is not None]
 
 # %% ../nbs/07_cover.ipynb #d3768ab5
-_turned_at_most = 8 # questions
+_turned_at_most = 8 # questions for which inputs are run
 
 def _extents_of(sample, labels): return {k:n for (k,m),n in zip(labels.items(), sample.labels.values()) if n!=m} if len(sample.labels)==len(labels) else {}
 
@@ -363,15 +363,23 @@ class Cover:
         "The user's samples that give other arguments than the first."
         return [t for t in self.trials[1:self.given] if t.kind!=self.trials[0].kind]
     def questions(self, kind): return list({(q.where,q.text):q for t in self.trials for q in t.questions(kind)}.values())
-    @property
-    def lost(self):
-        "Where a size becomes a plain number, pieces of what is as long in all trials aside."
-        def varies(key): return len({t.graph.watch.sizes.get(key) for t in self.trials if t.graph.watch}-{None})>1
-        return [q for q in self.questions('lost') if not q.numbers or varies(q.numbers[0])]
-    @property
-    def changed(self):
-        "Names of what the model holds otherwise after a call."
-        return [*dict.fromkeys(n for t in self.trials for n in t.graph.changed)]
+
+# %% ../nbs/07_cover.ipynb #a9b97942
+@patch(as_prop=True)
+def lost(self:Cover)->list: # `Question`s
+    "Where a size becomes a plain number, pieces of what is as long in all trials aside."
+    def varies(key): return len({t.graph.watch.sizes.get(key) for t in self.trials if t.graph.watch}-{None})>1
+    return [q for q in self.questions('lost') if not q.numbers or varies(q.numbers[0])]
+
+@patch(as_prop=True)
+def changed(self:Cover)->list: # Names
+    "What the model holds otherwise after a call."
+    return [*dict.fromkeys(n for t in self.trials for n in t.graph.changed)]
+
+@patch(as_prop=True)
+def drawn(self:Cover)->list: # Names
+    "The generators whose random numbers the model drew."
+    return [*dict.fromkeys(n for t in self.trials for n in t.graph.drawn)]
 
 # %% ../nbs/07_cover.ipynb #9bb5b149
 def _bound(model, sample): return inspect.signature(model.forward).bind_partial(*sample.args, **sample.kwargs)
@@ -469,16 +477,18 @@ def _like(cover, trial, sizes):
 
 def _turn(cover):
     "Answer questions that went one way the other way, also those that only come up with another answer."
-    looked,halved = set(),set()
-    while len(looked)<_turned_at_most:
+    looked,halved,ran = set(),set(),0
+    while ran<_turned_at_most and len(looked)<4*_turned_at_most:
         left = {k:a for k,a in open_questions(cover.trials).items() if k not in looked}
         if not left: return
-        key = min(left, key=lambda k: sum(w==k[0] for w,*_ in looked)) # a loop may ask at one place for ever
+        key = min(left, key=lambda k: (left[k][0][1].kind!='size', sum(w==k[0] for w,*_ in looked))) # a loop may ask at one place for ever
         asked = left[key]
         base = min((t for t,_ in asked), key=lambda t: (_other(cover, t), t.numbers))
         tries = [_like(cover, base, sizes) for sizes in turning(asked, cover.trials, cover.labels)]
         tries += [(_smallest(asked)[0].sizes, s, what) for what,s in turning_numbers(asked)]
-        if tries or key in halved: looked.add(key)
+        if tries or key in halved or asked[0][1].kind!='size' or len(halved)==_turned_at_most:
+            looked.add(key)
+            ran += bool(tries)
         else:
             halved.add(key)
             tries = [_like(cover, base, sizes) for sizes in halves(asked, cover.labels)]
@@ -547,8 +557,9 @@ def widen(
         for n in (2,5,9,17): cover.add(cover.attempt(base.sizes|{'batch':n}))
     if cover.changed: cover.add(next(filter(None, (cover.attempt(t.sizes, t.sample.twice, 'a call before it') for t in (base,cover.trials[0]))), None))
     _turn(cover)
-    if cover.questions('data'):
-        drawn = [cover.attempt(base.sizes, s, 'other numbers') for s in base.sample.drawn()]
+    if cover.questions('data') or {*cover.drawn}-{'torch.random'}: # of which every read is seen
+        samples = [s.seeded(i) for i,s in enumerate(base.sample.drawn())] if cover.drawn else base.sample.drawn()
+        drawn = [cover.attempt(base.sizes, s, 'other numbers') for s in samples]
         cover.draws = len([*filter(None, drawn)])
         for t in drawn: cover.add(t)
     cover.agree()
@@ -575,18 +586,22 @@ def describe(
     asked,still = asked_by_place(cover.trials),open_questions(cover.trials)
     settled = {k for k,a in still.items() if k in cover.settled and foreseen(a, cover.trials, cover.labels)}
     same,left = ([a[0][1] for k,a in still.items() if (k in settled)==is_settled] for is_settled in (True,False))
+    for qs in (same,left): qs.sort(key=lambda q: q.kind=='size') # which is said of a place where both are
     res = [f"{how} on inputs of {_listed(map(str, cover.trials))}."]
     if not cover.watched: return [*res, "Not covered: what its code asks of its input, which could not be watched."]
     if len(cover.trials)==cover.given: res.append("It takes no input of another size.")
-    turned = [a[0][0][1] for a in asked.values() if all(map(_is_both, a))]
+    turned = [compared[0][0][1] for a in asked.values() if (compared := [c for c in a if c[0][1].kind=='size']) and all(map(_is_both, compared))]
     if turned: res.append(f"The model asks for sizes at {_places(len(turned))} ({_at(turned)}): both answers were run.")
     if same: res.append(f"Reckoned from their sizes, no single size up to {at_most} turns {_at(same)}.")
     left += fixed(cover)
     if left: res.append(f"Not covered: {_at(left)}, which went one way only.")
     data,kinds = cover.questions('data'),opaque(cover.main.sample)
-    if data: res.append(f"The code reads data ({_at(data)}): with {cover.draws} further inputs it took {len({tuple(t.way) for t in cover.trials if t.traced})} ways.")
+    ways = len({tuple(t.way) for t in cover.trials if t.traced})
+    if data: res.append(f"The code reads data ({_at(data)}): with {cover.draws} further inputs it took {ways} ways.")
     elif not kinds: res.append("It reads no data.")
     if kinds: res.append(f"Not covered: other sizes and numbers in {_listed([f'`{k}`' for k in kinds])}, which is tried as it is.")
+    if drawn := [f'`{n}`' for n in cover.drawn if n!='torch.random' or data]:
+        res.append(f"The code draws random numbers ({_listed(drawn)}): with {cover.draws} further draws it took {ways} ways.")
     lost = cover.lost
     if lost: res.append(f"Not followed: sizes that become plain numbers ({_at(lost)}).")
     if names := cover.changed:

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from functools import partial, wraps
 from textwrap import shorten
 from fastcore.basics import groupby, patch, store_attr
-from torch import nn
+from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from .constants import computing, explained, storable, store_weights, told_by_reason
 from .cover import Cover, asked_alike, describe, on_inputs, same_edits, widen
@@ -87,6 +87,15 @@ def _check_parts(cover):
     for k in cover.trials[0].sample.parts:
         if isinstance(part_named(cover.model, k), nn.Module) and k not in ran:
             raise FoldError(f"`keep='{k}'`: it is not called on the sample, so nobody knows what it returns. Name the modules that are called; of a list, these are its entries.")
+
+# %% ../nbs/11_fold.ipynb #a2e176b7
+def _check_classes(cover):
+    "Raise `FoldError` if the model does something else for tensors of the user's classes than for plain ones, as which they are traced."
+    for t in cover.trials[:cover.given]:
+        if not t.sample.classes or (outs := _ran(t.sample.run, cover.model, cover.still, plain=False)) is None: continue
+        if distance([o.as_subclass(Tensor) for o in outs], t.graph.results)>100*eps_of(cover.model):
+            raise FoldError(f"The model does something else for a {t.sample.classes[0]} than for a plain tensor, so that nothing that is found out with plain ones holds. "
+                "Pass plain tensors as `sample=` if those are what it gets when it is deployed.")
 
 # %% ../nbs/11_fold.ipynb #5a1c0f14
 def _modes(model): return {m:m.training for m in model.modules() if hasattr(m, 'training')} # frozen TorchScript has none
@@ -360,6 +369,7 @@ def _at_a_glance(self:BN_Folder, target, samples):
     if not traced or not main.plan.folded or main.plan.kept or not all(q.where in asked for q in first.questions('data')): return None,cover
     if self.store_weights and computing(main.graph): return None,cover
     exclude = {}
+    _check_classes(cover)
     plan = self._fold_as(target, main.graph, exclude, _tests(cover), main.plan)
     if exclude or not plan.proof.ok: return self._back(),cover
     plan.covers = describe(cover, 'Proved')
@@ -371,6 +381,7 @@ def _proved(self:BN_Folder, target, cover):
     "Fold what can be proved. The plan."
     main = cover.main
     if self.verify and (main.plan.folded or self.strip_identity or self.strip_dropout): widen(cover)
+    if self.verify and main.plan.folded: _check_classes(cover)
     exclude = dict(main.exclude)
     tests,plan = _tests(cover) if self.verify else [],main.plan
     plan = self._fold_as(target, main.graph, exclude, tests, plan)

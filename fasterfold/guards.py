@@ -15,18 +15,20 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from .interrupt import interruptible
 from .state import is_dense
 
 # %% ../nbs/03_guards.ipynb #f6688e92
 @dataclass
 class Question:
     "Something that the code of a model asked."
-    kind:str # 'size': a comparison of sizes, or of numbers in the sample; 'data': data is read; 'lost': a size becomes a plain number
+    kind:str # 'size': a comparison of sizes, or of numbers in the sample; 'number': what is the same for many of them was made of them; 'data': data is read; 'lost': a size becomes a plain number
     where:str # File and line
+    path:tuple # By which calls the code came there: code and line of each
     text:str # What was asked
     numbers:tuple = () # What was compared
     answer:object = None # What came out
-    again:object = None # For 'size': function of `size(key, n)`, which says what each size would be; returns what would come out
+    again:object = None # For 'size' and 'number': function of `size(key, n)`, which says what each size would be; returns what would come out
 
     def turns(self, size):
         "Would another answer come out if sizes were what `size(key, n)` says?"
@@ -35,21 +37,30 @@ class Question:
 
 
 # %% ../nbs/03_guards.ipynb #390b4c83
-_libraries = tuple(os.path.dirname(m.__file__) for m in (torch,np))
+_libraries = tuple(os.path.dirname(m.__file__)+os.sep for m in (torch,np))
+
+def _is_library(f): return f.f_code.co_filename.startswith(_libraries)
+def _is_ours(f): return f.f_globals.get('__name__', '').startswith('fasterfold.')
 
 def _where():
-    "File and line of the code that asks: the innermost that is not here and, if there is one before ours, not in PyTorch or NumPy."
+    "File and line of the code that asks: the innermost that is not here and, if there is one before ours, not in PyTorch or NumPy. And the path there, which leaves out those."
     f = sys._getframe(1)
-    while isinstance(f.f_locals.get('self'), (_Asked,TorchFunctionMode,TorchDispatchMode)): f = f.f_back
+    def hears(f): return isinstance(f.f_locals.get('self'), (_Asked,TorchFunctionMode,TorchDispatchMode))
+    while _is_ours(f) or hears(f): f = f.f_back
     first = f
-    while f is not None and f.f_code.co_filename.startswith(_libraries): f = f.f_back
-    if f is None or f.f_globals.get('__name__', '').startswith('fasterfold.'): f = first
-    name = f.f_code.co_filename
-    return f"{'cell' if 'ipython-input' in name or 'ipykernel' in name else os.path.basename(name)}:{f.f_lineno}"
+    while f is not None and (_is_library(f) or hears(f)): f = f.f_back
+    if f is None or _is_ours(f): f = first
+    name,line,path = f.f_code.co_filename,f.f_lineno,[]
+    while f is not None and f.f_code is not interruptible.__code__: # which calls the model
+        if not _is_ours(f) and not _is_library(f): path.append((id(f.f_code), f.f_lineno))
+        f = f.f_back
+    return f"{'cell' if 'ipython-input' in name or 'ipykernel' in name else os.path.basename(name)}:{line}",tuple(path)
 
 # %% ../nbs/03_guards.ipynb #7e63ac7e
 def _of(a, size): return a.again(size) if isinstance(a, _Asked) else a
 def _text(a): return f'({a.text})' if isinstance(a, _Asked) and ' ' in a.text else getattr(a, 'text', repr(a))
+
+_stepwise = {operator.floordiv,operator.mod,operator.and_,operator.or_,operator.xor,operator.rshift,math.ceil,math.floor,round,math.trunc} # of many sizes they make one number
 
 class _Asked:
     "A number that remembers: its `text`, how to compute it `again`, and the `watch` that it tells."
@@ -57,7 +68,9 @@ class _Asked:
     def plain(self): return self.base(self)
     def _new(self, f, args, text):
         "`f(*args)`, remembering."
-        return remember(f(*[getattr(a, 'plain', a) for a in args]), text, lambda size: f(*[_of(a, size) for a in args]), self.watch)
+        res,again = f(*[getattr(a, 'plain', a) for a in args]),lambda size: f(*[_of(a, size) for a in args])
+        if f in _stepwise: self.watch.note('number', text, (res,), res, again)
+        return remember(res, text, again, self.watch)
     def _lost(self, how):
         self.watch.note('lost', f'{how}({self.text})')
         return self.plain
@@ -173,7 +186,7 @@ class Watch(TorchFunctionMode):
         leak=None, # Function of a tensor and the name of a function by which it is read or written unseen
     ):
         super().__init__()
-        self.own,self.leak,self.questions,self.sizes,self.busy,self.on = own,leak,[],{},False,True # `sizes`: (tensor in the order of asking, dimension) to extent, place of a number in the sample to it
+        self.own,self.leak,self.questions,self.sizes,self.busy,self.on = own,leak,[],{},(),True # `sizes`: (tensor in the order of asking, dimension) to extent, place of a number in the sample to it
         self.known,self.order = {},count()
 
     def __exit__(self, *exc):
@@ -181,7 +194,7 @@ class Watch(TorchFunctionMode):
         return super().__exit__(*exc)
 
     def note(self, kind, text, *rest):
-        if self.on: self.questions.append(Question(kind, _where(), text, *rest))
+        if self.on: self.questions.append(Question(kind, *_where(), text, *rest))
 
     def _size(self, t, d, n):
         ref,k = self.known.get(id(t), (None,None))
@@ -195,6 +208,12 @@ class Watch(TorchFunctionMode):
         leaves,spec = tree_flatten(args)
         self.sizes.update((i,v) for i,v in enumerate(leaves) if isinstance(v, (int,float)))
         return tree_unflatten([remember(v, f'number {i}', lambda size,v=v,i=i: size(i, v), self) for i,v in enumerate(leaves)], spec)
+
+    def _made_of(self, asked):
+        "Pairs (dimension, extent) of the sizes that were used for the numbers `asked`; of a number in the sample, the dimension is None."
+        keys = []
+        for a in asked: a.again(lambda key,n: keys.append(key) or n)
+        return [(k[1] if isinstance(k, tuple) else None, self.sizes[k]) for k in keys]
 
     def _sized(self, func, args, kwargs):
         "The size that `func` tells, if it does and the tensor is not the model's own."
@@ -213,7 +232,7 @@ class Watch(TorchFunctionMode):
             self._look('nbytes' if func==_nbytes else name, args, kwargs)
         before = self.busy
         asked = _asked_in([*args,*kwargs.values()])
-        self.busy = before or bool(asked)
+        if asked: self.busy = *before,*self._made_of(asked)
         if asked and any(w in name for w in _windows):
             for a in asked:
                 if not a.text.startswith('shape[') or ' ' in a.text: self.note('size', a.text, (a.plain,), a.plain, a.again)
@@ -224,7 +243,7 @@ class Watch(TorchFunctionMode):
 @patch
 def read(self:Watch, text):
     "Note that data is read, unless that is known of this place."
-    where = _where()
+    where,_ = _where()
     if self.on and all(q.kind!='data' or q.where!=where for q in self.questions): self.note('data', text)
 
 @patch

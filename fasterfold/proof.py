@@ -132,8 +132,8 @@ def run_as(
     shell = copy_model(model, [*model.parameters(), *(p for p,_,_ in edits)]) # takes what the model caches
     for m in shell.modules():
         if isinstance(m, torch.jit.ScriptModule): m.to(dtype) # it checks dtypes where no mode sees it
-    call = partial(Sample.of(sample).call, shell)
-    with preserved(shell, call), _Cast(dtype, edits) as mode, _Claimed(mode.cast): return returned(call())[0]
+    sample = Sample.of(sample)
+    with preserved(shell, sample.again(shell)), _Cast(dtype, edits) as mode, _Claimed(mode.cast): return returned(sample.call(shell))[0]
 
 # %% ../nbs/09_proof.ipynb #e65f1dc7
 def largest(outs, refs):

@@ -7,7 +7,7 @@ __all__ = ['tensors_of', 'returned', 'unheard', 'part_named', 'ask', 'Sample', '
            'infer_sample']
 
 # %% ../nbs/02_sample.ipynb #6cba6939
-import copy, gc, inspect, numpy as np, torch
+import copy, gc, inspect, numpy as np, random, torch
 from collections import deque
 from collections.abc import Mapping, MappingView, Sequence
 from enum import Enum
@@ -95,13 +95,14 @@ def returned(
     return [t if t.layout is torch.strided else t.to_dense() for t in res],hidden
 
 # %% ../nbs/02_sample.ipynb #a595da20
+def _unhistoried(t): return t.detach().clone()
+
 def _plain(t):
     "A copy of `t` without its history, as a plain tensor."
-    t = t if type(t) is Tensor or is_traceable_wrapper_subclass(t) else t.as_subclass(Tensor)
-    return t.detach().clone()
+    return _unhistoried(t if type(t) is Tensor or is_traceable_wrapper_subclass(t) else t.as_subclass(Tensor))
 
-def _copied(o):
-    "A copy of any structure: of its tensors and objects."
+def _copied(o, copied=_plain):
+    "A copy of any structure: of its tensors, each of which is `copied`, and objects."
     copies = {}
     def other(o):
         try:
@@ -110,7 +111,7 @@ def _copied(o):
     def one(o):
         if not isinstance(o, Tensor) and not _is_object(o): return o
         if id(o) in copies: return copies[id(o)]
-        res = copies[id(o)] = (_plain if isinstance(o, Tensor) else other)(o)
+        res = copies[id(o)] = (copied if isinstance(o, Tensor) else other)(o)
         if isinstance(o, Tensor) and vars(o): vars(res).update(tree_map(one, dict(vars(o)))) # which code may ask for
         return res
     return tree_map(one, o)
@@ -162,7 +163,8 @@ class Sample:
         kwargs=None, # Keyword arguments
         parts=(), # Names of the parts of the model that are asked along, as for `ask`
         calls:int=1, # How often in a row the model is called: the last call is the one that counts
-    ): self.args,self.kwargs,self.parts,self.calls = tuple(args),dict(kwargs or {}),tuple(parts),calls
+        seed:int=None, # Of all random numbers; None for those that come next
+    ): self.args,self.kwargs,self.parts,self.calls,self.seed = tuple(args),dict(kwargs or {}),tuple(parts),calls,seed
 
     @classmethod
     def of(cls,
@@ -174,38 +176,50 @@ class Sample:
         if isinstance(x, Sample): return x
         return cls(kwargs=x) if isinstance(x, dict) else cls(x if isinstance(x, tuple) else (x,))
 
-    def copied(self)->tuple: # (args, kwargs)
-        "Copies of the arguments, for a model that may write to them. Tensors become plain ones."
-        return _copied((self.args,self.kwargs))
+    def copied(self,
+        plain:bool=True, # Do tensors become plain ones?
+    )->tuple: # (args, kwargs)
+        "Copies of the arguments, for a model that may write to them."
+        return _copied((self.args,self.kwargs), _plain if plain else _unhistoried)
 
     def ahead(self,
         model, # Any function
     ):
-        "Make the calls before the last."
+        "Seed, and make the calls before the last."
+        if self.seed is not None:
+            for f in (random.seed,np.random.seed,torch.manual_seed): f(self.seed)
         for _ in range(self.calls-1):
             args,kwargs = self.copied()
             interruptible(model, *args, **kwargs)
 
     def call(self,
         model, # Any function
+        plain:bool=True, # As in `copied`
     ): # What it and its parts return
         "Call `model` with copies of the arguments."
         self.ahead(model)
-        return ask(model, *self.copied(), self.parts)
+        return ask(model, *self.copied(plain), self.parts)
+
+    def again(self,
+        model, # Any function
+    ): # Function without arguments
+        "What to do once more to find out whether `model` draws random numbers, for `preserved`; None where they are seeded, which is as good as a draw."
+        return partial(self.call, model) if self.seed is None else None
 
     @whole
     def run(self,
         model:nn.Module, # Any model
         still=None, # A `Still` of it, if there is one
+        plain:bool=True, # As in `copied`
     )->list: # The tensors that it and its parts return
         "Run `model` in eval mode without gradients and without leaving a trace."
-        with preserved(still or model, call := partial(self.call, model)): return returned(call())[0]
+        with preserved(still or model, self.again(model)): return returned(self.call(model, plain))[0]
 
     def map(self,
         f, # Tensor to tensor
     ): # A `Sample`
         "The same with `f` of each tensor; those inside objects stay as they are."
-        return Sample(*tree_map_only(Tensor, f, (self.args,self.kwargs)), self.parts, self.calls)
+        return Sample(*tree_map_only(Tensor, f, (self.args,self.kwargs)), self.parts, self.calls, self.seed)
 
     @property
     def tensors(self)->list: return tensors_of((self.args,self.kwargs))
@@ -235,7 +249,20 @@ def jittered(self:Sample,
 @patch(as_prop=True)
 def twice(self:Sample): # A `Sample`
     "The same after a call with it."
-    return Sample(self.args, self.kwargs, self.parts, 2)
+    return Sample(self.args, self.kwargs, self.parts, 2, self.seed)
+
+# %% ../nbs/02_sample.ipynb #28ebb9e6
+@patch
+def seeded(self:Sample,
+    seed:int, # Of all random numbers
+): # A `Sample`
+    "The same with random numbers of its own."
+    return Sample(self.args, self.kwargs, self.parts, self.calls, seed)
+
+@patch(as_prop=True)
+def classes(self:Sample)->list: # Names
+    "The classes of tensors that become plain ones when they are copied."
+    return sorted({type(t).__name__ for t in tree_flatten((self.args,self.kwargs))[0] if isinstance(t, Tensor) and type(_plain(t)) is not type(t)}-{'Parameter'})
 
 # %% ../nbs/02_sample.ipynb #e4634de0
 @patch(as_prop=True)

@@ -393,11 +393,12 @@ def preserved(
     model, # Any model, or a `Still` of it
     again=None, # Function that does once more what is done inside; None if no other thread draws random numbers
 ):
-    "Run `model` in eval mode without gradients, as `Still` does; RNG state is as before afterwards, too, but for what other threads draw."
+    """Run `model` in eval mode without gradients, as `Still` does; RNG state is as before afterwards, too, but for what other threads draw.
+    Gives a function that tells which generators have drawn inside: Python's, NumPy's, PyTorch's, and those of the accelerator."""
     rng,ours = _rng_state(),[True]*4 # after an error, whoever drew
     still = model if isinstance(model, Still) else Still(model)
     try:
-        with still.run(): yield
+        with still.run(): yield partial(_moved, rng)
         moved = _moved(rng)
         if again is not None and any(moved):
             with still.run(): moved = _drawn(again) or moved

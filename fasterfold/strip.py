@@ -109,7 +109,7 @@ def _watched(model, samples, seqs):
     "Run `model` on all `samples`; what it returns, and for each of `seqs` the notes."
     outs,notes = [],[]
     for s in samples:
-        with preserved(model, call := partial(s.call, model)), _noted(seqs) as o: outs.append(returned(call())[0])
+        with preserved(model, s.again(model)), _noted(seqs) as o: outs.append(returned(s.call(model))[0])
         notes.append(o)
     return outs,list(zip(*notes))
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache, partial, wraps
 from itertools import chain
-from threading import get_ident
+from threading import Lock,get_ident
 from types import CodeType, FunctionType
 from torch import nn, Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook, register_module_forward_hook
@@ -76,7 +76,7 @@ class Op:
     call:'Call' # The innermost module call it ran in
     outs:list = field(default_factory=list) # Values it made, None where an output is no tensor
     writes:list = field(default_factory=list) # Storages it wrote to
-    sized:bool = False # Did it run in a function to which a size or another number of the sample was passed?
+    sized:tuple = () # Pairs (dimension, extent) of the sizes that were passed to the function in which it ran; of another number of the sample, the dimension is None
     passed:bool = False # Is what it wrote to read only through what its module returned?
 
     @property
@@ -129,6 +129,7 @@ class Graph:
     asked:dict = field(default_factory=dict) # Module to the names of its own weights that other code asks for, and where that code is
     wanted:set = field(default_factory=set) # Pairs (module, name) of weights for which it asks itself: it would use one that it lacks
     changed:list = field(default_factory=list) # Names of what the model holds otherwise after the pass, so that the next one may do something else
+    drawn:list = field(default_factory=list) # The generators whose random numbers it drew: Python's, NumPy's, PyTorch's
 
 
 # %% ../nbs/04_trace.ipynb #5a1c2002
@@ -177,6 +178,8 @@ def user_hooks(
 # %% ../nbs/04_trace.ipynb #24d6aba0
 _composite = torch._C.DispatchKey.CompositeImplicitAutograd
 _deciding = {torch.Tag.data_dependent_output,torch.Tag.dynamic_output_shape}
+_telling = {'nms','_nnz','_to_sparse','_coalesce','_pack_padded_sequence'} # read data, and have no such tag
+_known = {'aten','prim','prims','quantized','torchvision'} # whose operations these are; nobody knows what others do
 
 @lru_cache(None)
 def _schema(func):
@@ -187,6 +190,7 @@ def _schema(func):
     pure = torch.Tag.nondeterministic_seeded not in func.tags
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _composite)
     reads = name=='_local_scalar_dense' or name!='index' and not _deciding.isdisjoint(func.tags) # masks are known by themselves
+    reads |= name in _telling or of not in _known
     return {a.name:a.default_value if a.has_default_value() else None for a in args}, writes, name.removesuffix('_'), pure, composite, reads
 
 def _storage(t):
@@ -306,7 +310,7 @@ def _op(self:Tracer, func, name, args, inputs):
     "Record an operation as the next one, in the module call that is running."
     call = self.stack[-1] if self.stack else None
     if any(v.nested for v in inputs): name = f'nested_{name}' # rules count on shapes
-    op = Op(len(self.graph.ops), func, name, args, inputs, call, sized=self.watch is not None and self.watch.busy)
+    op = Op(len(self.graph.ops), func, name, args, inputs, call, sized=self.watch.busy if self.watch else ())
     self.graph.ops.append(op)
     if call is not None: call.ops.append(op)
     for v in set(inputs): v.users.append(op)
@@ -375,7 +379,7 @@ def _exit_module(self:Tracer, m, args, *rest):
     if _pads(m, args, *kwargs) and call.out is not None: call.out.hooks.append(f"`{call.name}` ({type(m).__name__}), which puts zeros where its padding mask says so,")
     if isinstance(m, torch.jit.ScriptModule):
         if self.watch is not None: self.watch.note('lost', 'TorchScript')
-        self._doubt(call, args, kwargs, out)
+        self._doubt(call.name, call.all_ops(), (args,kwargs), out)
     elif call.out is not None and call.out.op in call.ops and any(out is a for a in chain(args, *(k.values() for k in kwargs))) and is_dense(out):
         return self._pass_on(out, call)
 
@@ -418,11 +422,11 @@ def _watch(self:Tracer, m, seen):
 
 # %% ../nbs/04_trace.ipynb #07121ed8
 @patch
-def _doubt(self:Tracer, call, args, kwargs, out):
-    "Note on all that a TorchScript module got that it may read it unseen, if one of its values comes from nowhere."
-    values = [self.value(t) for t in tensors_of(out)]+[v for o in call.all_ops() for v in o.inputs]
+def _doubt(self:Tracer, name, ops, given, out):
+    "Note on all that TorchScript called `name` was given that it may read it unseen, if one of the values of its operations `ops`, or that it returned, comes from nowhere."
+    values = [self.value(t) for t in tensors_of(out)]+[v for o in ops for v in o.inputs]
     if all(v.kind!='outside' and (v.op is None or 'empty' not in v.op.name) for v in values): return
-    for t in tensors_of((args,kwargs)): self.value(t).hooks.append(f"TorchScript (`{call.name}`)")
+    for t in tensors_of(given): self.value(t).hooks.append(f"TorchScript (`{name}`)")
 
 @patch
 def leak(self:Tracer, t, name):
@@ -452,16 +456,43 @@ def listen(self:Tracer):
         for kind in ('_parameters','_buffers'):
             if vars(m)[kind]: vars(m)[kind] = _Own(vars(m)[kind], partial(note, m))
 
+# %% ../nbs/04_trace.ipynb #48e6afb0
+_run_scripted,_tracers,_lock = torch.jit.ScriptFunction.__call__,[],Lock()
+
+def _kinds(block):
+    for n in block.nodes():
+        yield n.kind()
+        for o in n.blocks(): yield from _kinds(o)
+
+def _decides(f): return not {'prim::If','prim::Loop','aten::size','aten::len','aten::numel'}.isdisjoint(_kinds(f.inlined_graph))
+
+def _call_scripted(f, *args, **kwargs):
+    "Call the scripted function `f`, and tell the tracer of this thread, if there is one."
+    tracer = next((t for t in _tracers if t.thread==get_ident()), None)
+    if tracer is None: return _run_scripted(f, *args, **kwargs)
+    n,out = len(tracer.graph.ops),_run_scripted(f, *args, **kwargs)
+    if tracer.watch is not None and _decides(f): tracer.watch.note('lost', f'TorchScript {f.name}')
+    tracer._doubt(f.name, tracer.graph.ops[n:], (args,kwargs), out)
+    return out
+
+
 # %% ../nbs/04_trace.ipynb #a64a900e
 @patch
 @contextmanager
 def hooked(self:Tracer):
-    "Let the tracer know of each call of a module."
+    "Let the tracer know of each call of a module or a scripted function."
     self.thread = get_ident() # the hooks hear of modules in all threads
     handles = [register_module_forward_pre_hook(self._enter_module), register_module_forward_hook(self._exit_module, with_kwargs=True, always_call=True)]
+    with _lock:
+        _tracers.append(self)
+        torch.jit.ScriptFunction.__call__ = _call_scripted
     try: yield
     finally:
         for h in handles: h.remove()
+        with _lock:
+            _tracers.remove(self)
+            if not _tracers: torch.jit.ScriptFunction.__call__ = _run_scripted
+
 
 # %% ../nbs/04_trace.ipynb #5a1c5011
 def _required(f):
@@ -567,7 +598,7 @@ def _run_in_training(model, sample, names):
         return sample.call(model)
     handle = register_module_forward_pre_hook(lambda m, args: ran.add(m) if get_ident()==here else None)
     try:
-        with preserved(model, call): call()
+        with preserved(model, call if sample.seed is None else None): call()
     except Exception: pass # it went as far as it went
     finally: handle.remove()
     return ran
@@ -588,7 +619,7 @@ def _in_wholes(model, sample, watch):
     "What `model` returns where nothing is run in parts, watched as it was."
     args,kwargs = sample.copied()
     if watch is not None: args,kwargs = watch.numbers((args,kwargs))
-    with preserved(model, partial(sample.call, model)):
+    with preserved(model, sample.again(model)):
         sample.ahead(model)
         with watch or nullcontext(): return returned(ask(model, args, kwargs, sample.parts))[0]
 
@@ -637,7 +668,7 @@ def _pass(tracer, model, sample, given):
 # %% ../nbs/04_trace.ipynb #5a1cf021
 def _record(model, sample, watched, still):
     still,known = still or Still(model),{}
-    with preserved(still, partial(sample.call, model)):
+    with preserved(still, sample.again(model)) as moved:
         sample.ahead(model)
         tracer = Tracer(model, given := sample.copied(), still)
         graph = tracer.graph
@@ -645,7 +676,7 @@ def _record(model, sample, watched, still):
             tracer.watch = graph.watch = Watch(tracer.owns, tracer.leak)
             given = graph.watch.numbers(given)
         _pass(tracer, model, sample, given)
-        graph.changed = still.changed
+        graph.changed,graph.drawn = still.changed,[k for k,m in zip(('random','numpy.random','torch.random'), moved()) if m]
         _unfix(graph, graph.changed)
     for op in graph.ops: _add_absent(op, graph, known)
     _others(model, graph)
@@ -683,7 +714,7 @@ def glance(
     "Run `model` on `sample` in eval mode, and note what its code asks. Raises whatever the model raises."
     own = {id(b) for b in model.buffers()}
     args,kwargs = (sample := Sample.of(sample)).copied()
-    with preserved(still or model, partial(sample.call, model)):
+    with preserved(still or model, sample.again(model)):
         with Watch(lambda t: isinstance(t, nn.Parameter) or id(t) in own) as watch:
             args,kwargs = watch.numbers((args,kwargs))
             out = ask(model, args, kwargs, sample.parts)

@@ -119,6 +119,7 @@ OPS = { # what a reason says of an operation `#`: what must hold of the operatio
     "# multiplies what it collects": lambda o,n: o.args.reduce=='prod',
     "# pads with zeros, which are not shifted": lambda o,n: o.name=='convolution' and any(o.args.padding),
     "# picks single numbers": named('index'),
+    "# picks by a number of the input": lambda o,n: o.sized,
     "# reads it twice": twice,
     "# rounds": lambda o,n: o.args.rounding_mode,
     "# sums over positions, and their number changes with the size of the input": named('sum'),

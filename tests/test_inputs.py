@@ -2,7 +2,7 @@
 
 Each situation is a small model, a sample, and inputs unlike it: another size, batch, length, argument or route. Folded with the proof on, the model
 must be right for all of them. With the proof off it must be, too, wherever no data decides: a rule that counts on a property of the sample is wrong."""
-import copy, enum, numpy as np, pytest, torch, torch.nn.functional as F
+import copy, enum, math, numpy as np, pytest, random, torch, torch.nn.functional as F, torchvision
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -247,6 +247,37 @@ class Ways(nn.Module):
         return self.last(self.layers[way%len(self.layers)](x)).mean(2)
 def norms_1d(n): return nn.ModuleList([nn.BatchNorm1d(3) for _ in range(n)])
 
+def larger(n, k): return n>k
+def fits(x, k=100): return x.shape[2]<=k
+
+def two_thresholds(self, x):
+    y,h = self.conv(x),x.shape[2]
+    if h%2==0: return self.norm(y) if larger(h, 40) else y
+    return y if larger(h, 4000) else self.norm(y)
+
+def nearer_thresholds(self, x):
+    y,h = self.conv(x),x.shape[2]
+    if h>50: return self.norm(y) if larger(h, 55) else y
+    return y if larger(h, 100) else self.norm(y)
+
+def two_tensors(self, x):
+    y = self.conv(x)
+    if x.shape[3]%2==0: return self.norm(y) if fits(x) else y
+    return self.norm(y) if fits(F.max_pool2d(x, 8)) else self.norm(y).relu()
+
+asked_in_one_place = dict(two_thresholds=two_thresholds, nearer_thresholds=nearer_thresholds, two_tensors_in_one_place=two_tensors)
+
+# Numbers made of a size that are compared with nothing, and choose channels, or what is done
+def again(f, y, n):
+    for _ in range(n): y = f(y)
+    return y
+channels_by_size = dict(narrow=lambda y,n: y.repeat(1,3,1,1).narrow(1, n, 8), slice=lambda y,n: y.repeat(1,3,1,1)[:,n:n+8], roll=lambda y,n: y.roll(n, 1),
+    flip=lambda y,n: y.flip(2-n%2), channel_shuffle=lambda y,n: F.channel_shuffle(y, 2**n),
+    view=lambda y,n: y.view(len(y),1+n%2,-1,*y.shape[2:]).transpose(1,2).reshape(y.shape))
+by_number = dict(rounds=lambda y,h: again(torch.relu, y, h//100), copies=lambda y,h: nn.Sequential(*[nn.ReLU()]*(h//100))(y),
+    entry=lambda y,h: [y,y.relu(),-y][h//100], root=lambda y,h: y.relu() if math.sqrt(h//100)>.5 else y,
+    nearest=lambda y,h: [y,y.relu(),-y][min(round(h/100), 2)], bits=lambda y,h: [y,y.relu(),-y][(h>>6)%3])
+
 def either(by): return Fn(lambda s,x: s.norm(s.conv(x)) if by(x) else s.conv(x), conv=conv(padding=1), norm=nn.BatchNorm2d(4))
 def edges(n): return torch.randint(5, (2,n))
 def loud(x): return [x*k+b for k in (.1,1.,30.) for b in (-3.,0.,3.)]
@@ -368,6 +399,10 @@ def situations():
     gain = Destandardize()
     gain.mean.zero_()
     add('sum_in_integers', Fn(lambda s,x: s.head(s.norm(x*9).sum((2,3), dtype=torch.int64).to(x.dtype)), head=lin(3,2), norm=gain), y, image(1,3,9,9))
+    wide = image(2,3,32,32),image(2,3,120,32),image(1,3,250,40)
+    for k,f in asked_in_one_place.items(): add(k, Fn(f, **last()), image(2,3,64,64), image(2,3,32,32), image(2,3,53,64), image(2,3,140,64))
+    for k,f in channels_by_size.items(): add(k, Fn(lambda s,x,f=f: s.norm(f(s.conv(x), x.shape[2]//100)).relu(), conv=conv(3,8), norm=bn2(8)), *wide)
+    for k,f in by_number.items(): add(k, Fn(lambda s,x,f=f: s.norm(f(s.conv(x), x.shape[2])), **last()), *wide)
     words,none = image(3,6,8),torch.zeros(3,6)>0
     some = torch.arange(6)>=torch.tensor([[4],[3],[6]])
     add('padding_mask', Encoder(), (words,none), (words,some))
@@ -377,7 +412,8 @@ def situations():
     add('loudness', Fn(lambda s,x: s.norm(s.conv(x)) if x.std()<2.5 else s.conv(x), conv=conv(padding=1), norm=bn2(4)), y, y*4)
     return res
 
-by_data = {'nothing_masked','short_batch','odd_width','wide','sign_of_the_mean','loudness','truth_as_argument','pad_if_needed','shapes_that_agree','two_questions_in_one_line',
+by_data = {*asked_in_one_place,*by_number,'flip','channel_shuffle','view',
+    'nothing_masked','short_batch','odd_width','wide','sign_of_the_mean','loudness','truth_as_argument','pad_if_needed','shapes_that_agree','two_questions_in_one_line',
     'area','twice_as_high','two_remainders','halved_in_a_loop','large_integer','negative_integer','large_float','negative_float','fifth_of_many',
     'cut_at_a_number','larger_side','sizes_together','bits_of_a_size','division_by_a_size','cut_at_a_larger_number','pieces_of_a_length',
     'channels_last','frames_of_a_clip','clips_of_eight_frames','square_images_only','one_function_at_every_level','one_function_at_two_sizes','padding_from_a_size','window_from_a_size',
@@ -604,7 +640,12 @@ def test_a_norm_that_returns_another_type_stays():
         assert folder.fold(model, image(2,3,8,8).bfloat16())(image(2,3,8,8).bfloat16()).dtype==torch.float32
         assert reason(folder.result, '1')=='it returns float32 for bfloat16'
 
+@torch.library.custom_op('fasterfold_tests::peek', mutates_args=())
+def peek(x: torch.Tensor) -> torch.Tensor: return x.flatten()[:1 if x.max()>9 else 2].clone()
+
 deep = dict(one_hot=lambda x: F.one_hot(x.flatten().long().abs()).shape[1]<10**6, cut=lambda x: x.flatten()[:x.numel()*(x.mean()>-9)].shape[0]>0,
+    sparse=lambda x: x.relu().to_sparse()._nnz()<10**6, boxes=lambda x: torchvision.ops.nms(x.flatten(1)[:,:4], x[:,0,0,0], .5).shape[0]<10**6,
+    peek=lambda x: peek(x).shape[0]<10**6,
     fill=lambda x: torch.arange(x.abs().max()).shape[0]<10**6, repeat=lambda x: x.repeat_interleave((x.flatten()[:2]>0).long(), 0).shape[0]<3)
 
 @pytest.mark.parametrize('by', deep.values(), ids=deep)
@@ -633,6 +674,7 @@ def test_several_samples():
     new = folder.fold(model, samples=[x,*others])
     right(model, new, [x,*others])
     assert 'its fold would be wrong on inputs of' in reason(folder.result, 'norms.0')
+    torch.manual_seed(0) # so that some of its experts run on no input that is made from the first sample
     router,x,others = situations()['top_1_router']
     router,plans = randomize_norms(router),[]
     for samples in ([x],[x,*others]):
@@ -742,8 +784,57 @@ def test_what_is_read_unseen_stays(read, verify):
     folder.fold(model:=randomize_norms(Fn(lambda s,x: s.norm(y:=s.conv(x)).relu()+read(y), conv=conv(), norm=nn.BatchNorm2d(4))), x)
     assert 'sees what lies in between' in reason(folder.result, 'norm')
 
+@torch.jit.script
+def is_wide(x): return bool(x.size(3)>500)
+@torch.jit.script
+def half_if_wide(x): return x/2 if is_wide(x) else x
+@torch.jit.script
+def smooth(x): return x*torch.sigmoid(x)
+
+def test_a_scripted_function_that_asks_nothing():
+    run_scripted,model = torch.jit.ScriptFunction.__call__,Fn(lambda s,x: smooth(s.norm(s.conv(x))), conv=conv(), norm=nn.BatchNorm2d(4))
+    assert 'Not followed' not in covers(model, image(2,3,8,8)) and torch.jit.ScriptFunction.__call__ is run_scripted
+
+draws = dict(random=random.random, numpy=np.random.rand, torch=lambda: torch.rand(()).item())
+
+@pytest.mark.parametrize('draw', draws.values(), ids=draws)
+def test_random_numbers_that_decide(draw):
+    "Several draws are tried, and nobody's random numbers are used up."
+    def seed(i):
+        for f in (random.seed,np.random.seed,torch.manual_seed): f(i)
+    def states(): return random.getstate(),np.random.get_state()[1].tolist(),torch.get_rng_state().tolist()
+    model = randomize_norms(Fn(lambda s,x: s.norm(s.conv(x)) if draw()<.8 else s.conv(x), conv=conv(), norm=nn.BatchNorm2d(4)))
+    x,folder = image(2,3,8,8),BN_Folder()
+    seed(1)
+    before = states()
+    folded = folder.fold(model, x)
+    assert states()==before
+    for i in range(20):
+        seed(i)
+        right(model, folded, [x])
+    assert 'would be wrong on inputs of' in reason(folder.result, 'norm')
+    text = covers(Fn(lambda s,x: s.norm(s.conv(x))*(1 if draw()<.8 else 2), conv=conv(), norm=nn.BatchNorm2d(4)), x)
+    assert 'The code draws random numbers (`' in text and 'further draws it took 1 ways' in text
+
+class Mine(torch.Tensor): pass
+
+def test_a_class_of_tensors_that_decides():
+    "The trace and the proof take plain tensors."
+    x = image(2,3,8,8).as_subclass(Mine)
+    model = randomize_norms(Fn(lambda s,x: s.norm(s.conv(x)) if type(x) is torch.Tensor else s.conv(x), conv=conv(), norm=nn.BatchNorm2d(4)))
+    before = state(model)
+    with pytest.raises(FoldError, match='something else for a Mine than for a plain tensor'): BN_Folder().fold(model, x, inplace=True)
+    assert state(model)==before
+    BN_Folder().fold(model, x.as_subclass(torch.Tensor))
+    model.f = lambda s,x: s.norm(s.conv(x))
+    folder = BN_Folder()
+    folded = folder.fold(model, x)
+    assert folder.result.folded and type(folded(x)) is Mine
+    right(model, folded, [x])
+
 lost = dict(ceil=lambda x: int(np.ceil(x.shape[2]/320))>1, chunk=lambda x: len(x.chunk(40, 2))==40, tensor_split=lambda x: len(x.tensor_split([3,50], 2))>3,
     nbytes=lambda x: x.nbytes>50000, ratio=lambda x: (x.shape[2]/640).as_integer_ratio()[1]==1,
+    scripted=lambda x: is_wide(x), scripted_deep=lambda x: half_if_wide(x).shape[3]>10**6,
     fraction=lambda x: Fraction(x.shape[2], 100)>5, modulus=lambda x: pow(x.shape[2], 2, 641)==1)
 
 @pytest.mark.parametrize('by', lost.values(), ids=lost)

@@ -157,6 +157,11 @@ def _cut(op, out):
     dim,idx = dim_of(op),CUT[op.name](op, op.outs.index(out))
     return dim, idx, [len(idx) if d==dim else n for d,n in enumerate(op.args.self.shape)]
 
+def _need_own(op, a, dim):
+    "Raise `Blocked` if `a` differs along `dim` and a number of the input, or the size of another dimension, says what is taken of it."
+    own = all(d is not None and (d in (dim,dim-op.args.self.rank) or n==op.args.self.shape[dim]) for d,n in op.sized)
+    need(own or a.constant(dim), f"{op.label} picks by a number of the input")
+
 def _whole(op, a, dim, idx):
     "`a` on the part `idx` of the input of `op` as a map of all of it."
     v = op.args.self
@@ -167,13 +172,17 @@ def _whole(op, a, dim, idx):
 @pull(*CUT)
 def _(op, out, a, ctx):
     dim,idx,shape = _cut(op, out)
-    return [(op.args.self, _whole(op, reshaped(a, out.shape, shape), dim, idx))]
+    a = reshaped(a, out.shape, shape)
+    _need_own(op, a, dim)
+    return [(op.args.self, _whole(op, a, dim, idx))]
 
 @push(*CUT)
 def _(op, carried, ctx):
+    a = carried[op.args.self]
+    _need_own(op, a, dim_of(op))
     def one(out):
         dim,idx,shape = _cut(op, out)
-        return reshaped(part(carried[op.args.self], dim, idx), shape, out.shape)
+        return reshaped(part(a, dim, idx), shape, out.shape)
     return [(o, one(o)) for o in op.outs], []
 
 # %% ../../nbs/rules/02_shapes.ipynb #2baa6f68
