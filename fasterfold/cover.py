@@ -9,6 +9,7 @@ __all__ = ['at_most', 'Trial', 'same_edits', 'difference', 'on_inputs', 'contrad
 
 # %% ../nbs/07_cover.ipynb #f3678802
 import inspect, torch
+from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property, partial
@@ -276,7 +277,7 @@ def turning(
 )->list: # More than one may have to be tried
     "Sizes of the input on which the question would be answered otherwise, those first that are nearest to what was run."
     question,followed = _smallest(asked)[1],_followed(asked, trials, labels)
-    most = max(2**20, 4*max(t.numbers for t in trials)) # in the largest input that is worth a question
+    most = max(2**20, 4*trials[0].numbers) # in the largest input that is worth a question; what was turned before may be large already
     lines = {k:{key:_line(p) or _line(sorted({*p})[:2]) for key,p in ps.items()} for k,ps in followed.items()} # what was cut off follows none
     bases,keys = sorted(dict.fromkeys(t for t,_ in asked), key=lambda t: t.numbers),_extents(asked, trials)
     def worth(k, base):
@@ -313,7 +314,7 @@ def turning_numbers(
     return [base.sample.put(i, c) for i,v in given.items() if isinstance(i, int) and (c := found(i, v)) is not None]
 
 # %% ../nbs/07_cover.ipynb #d3768ab5
-_turned_at_most = 8 # questions for which inputs are run
+_turned_at_most = 24 # inputs that are tried to turn questions
 
 def _extents_of(sample, labels): return {k:n for (k,m),n in zip(labels.items(), sample.labels.values()) if n!=m} if len(sample.labels)==len(labels) else {}
 
@@ -477,23 +478,24 @@ def _like(cover, trial, sizes):
 
 def _turn(cover):
     "Answer questions that went one way the other way, also those that only come up with another answer."
-    looked,halved,ran = set(),set(),0
-    while ran<_turned_at_most and len(looked)<4*_turned_at_most:
-        left = {k:a for k,a in open_questions(cover.trials).items() if k not in looked}
+    looked,halved,ran = set(),set(),set()
+    while len(ran)<_turned_at_most and len(looked)<_turned_at_most:
+        places = Counter(where for where,*_ in looked)
+        left = {k:a for k,a in open_questions(cover.trials).items() if k not in looked and places[k[0]]<_turned_at_most//3} # a loop may ask at one place for ever
         if not left: return
-        key = min(left, key=lambda k: (left[k][0][1].kind!='size', sum(w==k[0] for w,*_ in looked))) # a loop may ask at one place for ever
+        key = min(left, key=lambda k: (left[k][0][1].kind!='size', places[k[0]]))
         asked = left[key]
         base = min((t for t,_ in asked), key=lambda t: (_other(cover, t), t.numbers))
         tries = [_like(cover, base, sizes) for sizes in turning(asked, cover.trials, cover.labels)]
         tries += [(_smallest(asked)[0].sizes, s, what) for what,s in turning_numbers(asked)]
-        if tries or key in halved or asked[0][1].kind!='size' or len(halved)==_turned_at_most:
-            looked.add(key)
-            ran += bool(tries)
+        if tries or key in halved or asked[0][1].kind!='size': looked.add(key)
         else:
             halved.add(key)
             tries = [_like(cover, base, sizes) for sizes in halves(asked, cover.labels)]
         if not tries: cover.settled.add(key)
         for o in tries:
+            if (which := (*o[0].items(),o[1:][-1:])) in ran: continue
+            ran.add(which)
             cover.add(cover.attempt(*o))
             if key not in open_questions(cover.trials): break
 

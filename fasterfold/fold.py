@@ -395,8 +395,8 @@ class _Unlike(Exception): "The model does something else when it is watched, as 
 
 # %% ../nbs/11_fold.ipynb #959cb84f
 def _way(t):
-    "What tells whether the code went another way: operations and where they ran, and what came out of comparisons."
-    return (*t.way, frozenset((q.where, q.answer) for q in t.questions('size')))
+    "What tells whether other code ran: operations and where they ran, however often, and what came out of comparisons, numbers as far as they are zero or not."
+    return frozenset(t.way),frozenset((q.where, bool(q.answer)) for q in t.questions('size'))
 
 def _tests(cover):
     """The inputs to compare outputs on: those of the user, another size if the plan is not from there or the code asked something else of it, all for which other norms would fold, and one for each way

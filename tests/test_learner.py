@@ -16,6 +16,7 @@ from fasterfold.fold import BN_Folder
 from fasterfold.load import fold_like
 from fasterfold.learner import FoldCallback,FoldedValidation
 from fasterfold.state import FoldError
+from torch.nn.utils import prune
 from helpers import check_fold,timed_for
 from learners import KINDS,classes,plain,train,uses
 
@@ -254,7 +255,7 @@ def test_folded_validation_is_traced_once(tmp_path, quick, monkeypatch):
 
 def moved(model): model.double().float() # buffers are other tensors then, as after `.cuda()`
 def reparametrized(model): torch.nn.utils.parametrizations.weight_norm(model[1][0])
-def pruned(model): torch.nn.utils.prune.l1_unstructured(model[1][0], 'weight', .3)
+def pruned(model): prune.l1_unstructured(model[1][0], 'weight', .3)
 
 @pytest.mark.parametrize('change', [moved,reparametrized,pruned])
 def test_folded_validation_of_a_model_that_changes(change, tmp_path):
