@@ -158,8 +158,8 @@ def _cut(op, out):
     return dim, idx, [len(idx) if d==dim else n for d,n in enumerate(op.args.self.shape)]
 
 def _need_own(op, a, dim):
-    "Raise `Blocked` if `a` differs along `dim` and a number of the input, or the size of another dimension, says what is taken of it."
-    own = all(d is not None and (d in (dim,dim-op.args.self.rank) or n==op.args.self.shape[dim]) for d,n in op.sized)
+    "Raise `Blocked` if `a` differs along `dim` and a number of the input says what is taken of it, or the size of another dimension, which does not go into this one."
+    own = all(d is not None and n and (d==dim or op.args.self.shape[dim]%n==0) for d,n in op.sized)
     need(own or a.constant(dim), f"{op.label} picks by a number of the input")
 
 def _whole(op, a, dim, idx):
