@@ -164,7 +164,7 @@ _cuts = dict(__getitem__=_sliced, split=_split) # of a function: pairs of a dime
 
 # %% ../nbs/03_guards.ipynb #5a1cc005
 _reads = set('item tolist numpy __bool__ __int__ __float__ __index__ __array__ __dlpack__ __contains__ __complex__ nonzero argwhere unique unique_consecutive masked_select equal allclose is_nonzero bincount'.split())
-_unseen = set('numpy tolist __array__ __dlpack__ data_ptr apply_ map_'.split()) # after these no operation need tell of what is read or written
+_unseen = set('numpy tolist __array__ __dlpack__ data_ptr untyped_storage apply_ map_'.split()) # after these no operation need tell of what is read or written
 
 def _is_mask(i): return isinstance(i, Tensor) and i.dtype in (torch.bool,torch.uint8)
 
@@ -256,6 +256,6 @@ def _look(self:Watch, name, args, kwargs):
         self._size(t, d := d%t.dim(), t.shape[d])
         self.note('lost', name, ((self.known[id(t)][1],d),))
     if name in _unseen and self.leak: self.leak(t, name)
-    if name in ('__len__','stride','nbytes'): self.note('lost', name.strip('_'))
+    if name in ('__len__','stride','nbytes','untyped_storage'): self.note('lost', name.strip('_'))
     elif name in _reads or name=='where' and len(args)==1: self.note('data', name.strip('_'))
     elif name=='__getitem__' and any(_is_mask(i) and not self.own(i) for i in (args[1] if isinstance(args[1], tuple) else args[1:])): self.note('data', 'mask')

@@ -194,7 +194,8 @@ def _schema(func):
     return {a.name:a.default_value if a.has_default_value() else None for a in args}, writes, name.removesuffix('_'), pure, composite, reads
 
 def _storage(t):
-    try: return t.untyped_storage()._cdata
+    try:
+        with torch._C.DisableTorchFunction(): return t.untyped_storage()._cdata # unheard
     except (NotImplementedError, RuntimeError): return id(t)
 
 # %% ../nbs/04_trace.ipynb #f42cdb6c

@@ -767,7 +767,7 @@ def test_undo_of_a_model_that_was_cast(move):
     assert state(model)==before and all(map(torch.equal, run(model, x), ref))
 
 unseen = dict(numpy=lambda y: torch.from_numpy(y.numpy().clip(0)), array=lambda y: torch.from_numpy(np.asarray(y).clip(0)),
-    list=lambda y: torch.tensor(y.tolist()).relu())
+    list=lambda y: torch.tensor(y.tolist()).relu(), storage=lambda y: torch.tensor([]).set_(y.untyped_storage(), 0, y.shape).relu())
 
 @pytest.mark.parametrize('verify', [True,False])
 @pytest.mark.parametrize('read', unseen.values(), ids=unseen)
@@ -833,7 +833,7 @@ def test_a_class_of_tensors_that_decides():
     right(model, folded, [x])
 
 lost = dict(ceil=lambda x: int(np.ceil(x.shape[2]/320))>1, chunk=lambda x: len(x.chunk(40, 2))==40, tensor_split=lambda x: len(x.tensor_split([3,50], 2))>3,
-    nbytes=lambda x: x.nbytes>50000, ratio=lambda x: (x.shape[2]/640).as_integer_ratio()[1]==1,
+    nbytes=lambda x: x.nbytes>50000, storage=lambda x: x.untyped_storage().nbytes()>50000, ratio=lambda x: (x.shape[2]/640).as_integer_ratio()[1]==1,
     scripted=lambda x: is_wide(x), scripted_deep=lambda x: half_if_wide(x).shape[3]>10**6,
     fraction=lambda x: Fraction(x.shape[2], 100)>5, modulus=lambda x: pow(x.shape[2], 2, 641)==1)
 
