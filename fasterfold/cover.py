@@ -253,19 +253,26 @@ def foreseen(
     labels:dict, # Label to extent of the user's sample
 )->bool:
     "Does all that was compared and differs follow one extent of the input, as far as it was run?"
-    followed = _followed(asked, trials, labels).values()
-    return all(any(_line(p[k]) for p in followed if k in p) for k in _extents(asked, trials))
+    followed,base = _followed(asked, trials, labels),_smallest(asked)[0]
+    says = [k for k,p in followed.items() if any(map(_line, p.values()))]
+    if any(_reach(base, base.sizes.get(k, labels[k]), trials)<at_most for k in says): return False
+    return all(any(_line(followed[k][key]) for k in says if key in followed[k]) for key in _extents(asked, trials))
 
 # %% ../nbs/07_cover.ipynb #fcd4b77d
 at_most = 512 # Extents up to this one are looked at, and up to four times the sample's
 
 def _smallest(asked): return min(asked, key=lambda o: o[0].numbers)
 
+def _reach(base, m, trials):
+    "How far to look for another extent than `m` of `base`: inputs that are worth a question are no larger. What was turned before may be large already."
+    return min(4*m+at_most, max(2**20, 4*trials[0].numbers)*m//max(base.numbers, 1))
+
+# %% ../nbs/07_cover.ipynb #37b4b2da
 def _turned(question, base, label, m, most, lines):
     "Sizes with another extent than `m` of `label`, for which the question would be answered otherwise: the nearest, and one that goes half as far again."
     def size(c): return lambda key,n: lines[key](c) if lines.get(key) else base.graph.watch.sizes.get(key, n)
     def turns(c): return question.turns(size(c))
-    extents = range(1, min(4*m+at_most, most*m//max(base.numbers, 1)))
+    extents = range(1, most)
     if (c := next(filter(turns, sorted(extents, key=lambda c: abs(c-m))), None)) is None: return []
     further = c//2 if c<m else c+c//2
     return [base.sizes|{label:o} for o in (c, *[further]*(further in extents and turns(further)))]
@@ -277,7 +284,6 @@ def turning(
 )->list: # More than one may have to be tried
     "Sizes of the input on which the question would be answered otherwise, those first that are nearest to what was run."
     question,followed = _smallest(asked)[1],_followed(asked, trials, labels)
-    most = max(2**20, 4*trials[0].numbers) # in the largest input that is worth a question; what was turned before may be large already
     lines = {k:{key:_line(p) or _line(sorted({*p})[:2]) for key,p in ps.items()} for k,ps in followed.items()} # what was cut off follows none
     bases,keys = sorted(dict.fromkeys(t for t,_ in asked), key=lambda t: t.numbers),_extents(asked, trials)
     def worth(k, base):
@@ -285,7 +291,8 @@ def turning(
         says = [bool(lines[k].get(key)) for key in keys]
         return any(says) and (not all(says) or base in (bases[0],bases[-1]))
     for base in bases:
-        if found := [*filter(None, (_turned(question, base, k, base.sizes.get(k, n), most, lines[k]) for k,n in labels.items() if worth(k, base)))]: break
+        extents = {k:base.sizes.get(k, n) for k,n in labels.items() if worth(k, base)}
+        if found := [*filter(None, (_turned(question, base, k, m, _reach(base, m, trials), lines[k]) for k,m in extents.items()))]: break
     return [s[0] for s in found]+[s[1] for s in found if len(s)>1]
 
 # %% ../nbs/07_cover.ipynb #5a1cc012
@@ -591,7 +598,7 @@ def describe(
     for qs in (same,left): qs.sort(key=lambda q: q.kind=='size') # which is said of a place where both are
     res = [f"{how} on inputs of {_listed(map(str, cover.trials))}."]
     if not cover.watched: return [*res, "Not covered: what its code asks of its input, which could not be watched."]
-    if len(cover.trials)==cover.given: res.append("It takes no input of another size.")
+    if len(cover.trials)==cover.given: res.append("It took no input of another size that was tried.")
     turned = [compared[0][0][1] for a in asked.values() if (compared := [c for c in a if c[0][1].kind=='size']) and all(map(_is_both, compared))]
     if turned: res.append(f"The model asks for sizes at {_places(len(turned))} ({_at(turned)}): both answers were run.")
     if same: res.append(f"Reckoned from their sizes, no single size up to {at_most} turns {_at(same)}.")

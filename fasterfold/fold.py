@@ -91,7 +91,7 @@ def _check_parts(cover):
 # %% ../nbs/11_fold.ipynb #a2e176b7
 def _check_classes(cover):
     "Raise `FoldError` if the model does something else for tensors of the user's classes than for plain ones, as which they are traced."
-    for t in cover.trials[:cover.given]:
+    for t in cover.trials:
         if not t.sample.classes or (outs := _ran(t.sample.run, cover.model, cover.still, plain=False)) is None: continue
         if distance([o.as_subclass(Tensor) for o in outs], t.graph.results)>100*eps_of(cover.model):
             raise FoldError(f"The model does something else for a {t.sample.classes[0]} than for a plain tensor, so that nothing that is found out with plain ones holds. "

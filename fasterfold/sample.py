@@ -7,7 +7,7 @@ __all__ = ['tensors_of', 'returned', 'unheard', 'part_named', 'ask', 'Sample', '
            'infer_sample']
 
 # %% ../nbs/02_sample.ipynb #6cba6939
-import copy, gc, inspect, numpy as np, random, torch
+import copy, gc, inspect, numpy as np, torch
 from collections import deque
 from collections.abc import Mapping, MappingView, Sequence
 from enum import Enum
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wr
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
 from fastcore.basics import patch
 from .interrupt import interruptible, whole
-from .state import Detached, FoldError, is_dense, preserved, wide
+from .state import Detached, FoldError, is_dense, preserved, seed_all, wide
 
 # %% ../nbs/02_sample.ipynb #6448f77a
 def _is_object(o): return hasattr(o, '__dict__') and not isinstance(o, (type,nn.Module))
@@ -186,8 +186,7 @@ class Sample:
         model, # Any function
     ):
         "Seed, and make the calls before the last."
-        if self.seed is not None:
-            for f in (random.seed,np.random.seed,torch.manual_seed): f(self.seed)
+        if self.seed is not None: seed_all(self.seed)
         for _ in range(self.calls-1):
             args,kwargs = self.copied()
             interruptible(model, *args, **kwargs)

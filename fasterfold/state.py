@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FoldError', 'is_dense', 'Detached', 'overlapping', 'growing', 'accelerator', 'clock', 'has_float64', 'wide',
            'held_by', 'all_modules', 'refill', 'Structure', 'own_modes', 'tensors_in', 'Contents', 'Still', 'Dispatch',
-           'preserved', 'passing', 'unwrap', 'check_model', 'copy_model']
+           'seed_all', 'preserved', 'passing', 'unwrap', 'check_model', 'copy_model']
 
 # %% ../nbs/01_state.ipynb #2463438d
 import copy, gc, random, numpy as np, torch
@@ -14,6 +14,7 @@ from collections import OrderedDict, deque
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, lru_cache, partial
 from operator import eq, is_
+from threading import RLock
 from timeit import default_timer
 from types import CellType, FunctionType, MethodType, ModuleType
 from torch import nn, Tensor
@@ -373,7 +374,9 @@ class _Draws(Dispatch):
         return out
 
 # %% ../nbs/01_state.ipynb #5a1c0f47
-_same = eq,lambda a,b: a[2:]==b[2:] and np.array_equal(a[1], b[1]),torch.equal,lambda a,b: a is None or all(map(torch.equal, a, b))
+def _as_numpys(a, b): return a[2:]==b[2:] and np.array_equal(a[1], b[1]) if isinstance(a, tuple) else repr(a)==repr(b) # a dict, of any but its own generator
+
+_same = eq,_as_numpys,torch.equal,lambda a,b: a is None or all(map(torch.equal, a, b))
 
 def _moved(old):
     "Which of the generators have another state than `old`."
@@ -388,6 +391,15 @@ def _drawn(f):
     return [*_moved(before)[:2],draws.seen,draws.seen]
 
 # %% ../nbs/01_state.ipynb #5a1c0f4b
+_one_at_a_time = RLock() # what one thread sets generators to is not what another one finds and gives back
+
+def seed_all(
+    seed:int, # Of Python's, NumPy's and PyTorch's generators
+):
+    "Seed all generators in use; an accelerator that has not started keeps the seed that waits for it."
+    for f in (random.seed,np.random.seed,torch.default_generator.manual_seed,_of_all(accelerator(), 'manual_seed')):
+        if f: f(seed)
+
 @contextmanager
 def preserved(
     model, # Any model, or a `Still` of it
@@ -395,15 +407,16 @@ def preserved(
 ):
     """Run `model` in eval mode without gradients, as `Still` does; RNG state is as before afterwards, too, but for what other threads draw.
     Gives a function that tells which generators have drawn inside: Python's, NumPy's, PyTorch's, and those of the accelerator."""
-    rng,ours = _rng_state(),[True]*4 # after an error, whoever drew
     still = model if isinstance(model, Still) else Still(model)
-    try:
-        with still.run(): yield partial(_moved, rng)
-        moved = _moved(rng)
-        if again is not None and any(moved):
-            with still.run(): moved = _drawn(again) or moved
-        ours = moved
-    finally: _set_rng_state(rng, ours)
+    with _one_at_a_time:
+        rng,ours = _rng_state(),[True]*4 # after an error, whoever drew
+        try:
+            with still.run(): yield partial(_moved, rng)
+            moved = _moved(rng)
+            if again is not None and any(moved):
+                with still.run(): moved = _drawn(again) or moved
+            ours = moved
+        finally: _set_rng_state(rng, ours)
 
 # %% ../nbs/01_state.ipynb #5a1c0f05
 def passing(

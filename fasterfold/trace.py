@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from fastcore.basics import AttrDict, patch
-from .guards import Watch
+from .guards import Watch, asked_in
 from .interrupt import whole
 from .sample import Sample, ask, returned, tensors_of, unheard
 from .state import Dispatch, FoldError, Still, growing, held_by, is_dense, passing, preserved
@@ -458,21 +458,19 @@ def listen(self:Tracer):
             if vars(m)[kind]: vars(m)[kind] = _Own(vars(m)[kind], partial(note, m))
 
 # %% ../nbs/04_trace.ipynb #48e6afb0
-_run_scripted,_tracers,_lock = torch.jit.ScriptFunction.__call__,[],Lock()
+_tracers,_theirs,_lock = [],[],Lock() # `_theirs`: how scripted functions were called before
 
-def _kinds(block):
-    for n in block.nodes():
-        yield n.kind()
-        for o in n.blocks(): yield from _kinds(o)
-
-def _decides(f): return not {'prim::If','prim::Loop','aten::size','aten::len','aten::numel'}.isdisjoint(_kinds(f.inlined_graph))
+def _computes(block):
+    "Does TorchScript compute numbers or lists of its own in `block`, or choose?"
+    kinds = [(n.kind(), {o.type().kind() for o in n.outputs()}, n) for n in block.nodes()]
+    return any(k in ('prim::If','prim::Loop') or k not in ('prim::Constant','prim::ListConstruct') and not types<={'TensorType','NoneType'} for k,types,_ in kinds)
 
 def _call_scripted(f, *args, **kwargs):
     "Call the scripted function `f`, and tell the tracer of this thread, if there is one."
     tracer = next((t for t in _tracers if t.thread==get_ident()), None)
-    if tracer is None: return _run_scripted(f, *args, **kwargs)
-    n,out = len(tracer.graph.ops),_run_scripted(f, *args, **kwargs)
-    if tracer.watch is not None and _decides(f): tracer.watch.note('lost', f'TorchScript {f.name}')
+    if tracer is None: return _theirs[-1](f, *args, **kwargs)
+    n,out = len(tracer.graph.ops),_theirs[-1](f, *args, **kwargs)
+    if tracer.watch is not None and (_computes(f.inlined_graph) or asked_in([*args,*kwargs.values()])): tracer.watch.note('lost', f'TorchScript {f.name}')
     tracer._doubt(f.name, tracer.graph.ops[n:], (args,kwargs), out)
     return out
 
@@ -485,14 +483,14 @@ def hooked(self:Tracer):
     self.thread = get_ident() # the hooks hear of modules in all threads
     handles = [register_module_forward_pre_hook(self._enter_module), register_module_forward_hook(self._exit_module, with_kwargs=True, always_call=True)]
     with _lock:
+        if not _tracers: _theirs[:],torch.jit.ScriptFunction.__call__ = [torch.jit.ScriptFunction.__call__],_call_scripted
         _tracers.append(self)
-        torch.jit.ScriptFunction.__call__ = _call_scripted
     try: yield
     finally:
         for h in handles: h.remove()
         with _lock:
             _tracers.remove(self)
-            if not _tracers: torch.jit.ScriptFunction.__call__ = _run_scripted
+            if not _tracers and torch.jit.ScriptFunction.__call__ is _call_scripted: torch.jit.ScriptFunction.__call__ = _theirs[-1]
 
 
 # %% ../nbs/04_trace.ipynb #5a1c5011
@@ -677,7 +675,7 @@ def _record(model, sample, watched, still):
             tracer.watch = graph.watch = Watch(tracer.owns, tracer.leak)
             given = graph.watch.numbers(given)
         _pass(tracer, model, sample, given)
-        graph.changed,graph.drawn = still.changed,[k for k,m in zip(('random','numpy.random','torch.random'), moved()) if m]
+        graph.changed,graph.drawn = still.changed,[] if sample.seed is not None else [k for k,m in zip(('random','numpy.random','torch.random'), moved()) if m]
         _unfix(graph, graph.changed)
     for op in graph.ops: _add_absent(op, graph, known)
     _others(model, graph)

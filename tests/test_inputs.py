@@ -3,6 +3,7 @@
 Each situation is a small model, a sample, and inputs unlike it: another size, batch, length, argument or route. Folded with the proof on, the model
 must be right for all of them. With the proof off it must be, too, wherever no data decides: a rule that counts on a property of the sample is wrong."""
 import copy, enum, math, numpy as np, pytest, random, torch, torch.nn.functional as F, torchvision
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -402,6 +403,8 @@ def situations():
     wide = image(2,3,32,32),image(2,3,120,32),image(1,3,250,40)
     for k,f in asked_in_one_place.items(): add(k, Fn(f, **last()), image(2,3,64,64), image(2,3,32,32), image(2,3,53,64), image(2,3,140,64))
     for k,f in channels_by_size.items(): add(k, Fn(lambda s,x,f=f: s.norm(f(s.conv(x), x.shape[2]//100)).relu(), conv=conv(3,8), norm=bn2(8)), *wide)
+    add('gate_of_tokens', Fn(lambda s,x: s.last(torch.mul(*s.norm(s.layer(x.flatten(2).transpose(1,2)).transpose(1,2)).transpose(1,2).split(x.shape[1], 2))),
+        layer=lin(6,12), norm=bn1(12), last=lin(6,2)), image(2,6,5,5), image(1,6,7,9))
     for k,f in by_number.items(): add(k, Fn(lambda s,x,f=f: s.norm(f(s.conv(x), x.shape[2])), **last()), *wide)
     words,none = image(3,6,8),torch.zeros(3,6)>0
     some = torch.arange(6)>=torch.tensor([[4],[3],[6]])
@@ -665,7 +668,7 @@ def test_a_model_that_takes_one_size_only():
     class Fixed(nn.Sequential):
         def forward(self, x): return super().forward(x.view(2,3,8,8))
     text = covers(Fixed(conv(), nn.BatchNorm2d(4)), image(2,3,8,8))
-    assert text.startswith('Proved on inputs of (2,3,8,8). It takes no input of another size.')
+    assert text.startswith('Proved on inputs of (2,3,8,8). It took no input of another size that was tried.')
 
 def test_several_samples():
     "Each shows its own way; what none of them reaches stays dark."
@@ -789,16 +792,29 @@ def is_wide(x): return bool(x.size(3)>500)
 @torch.jit.script
 def half_if_wide(x): return x/2 if is_wide(x) else x
 @torch.jit.script
+def is_more(n: int): return n>300
+@torch.jit.script
+def leads(x): return x.stride(1)>300
+@torch.jit.script
+def columns(x): return x.unbind(3)
+@torch.jit.script
 def smooth(x): return x*torch.sigmoid(x)
 
 def test_a_scripted_function_that_asks_nothing():
     run_scripted,model = torch.jit.ScriptFunction.__call__,Fn(lambda s,x: smooth(s.norm(s.conv(x))), conv=conv(), norm=nn.BatchNorm2d(4))
     assert 'Not followed' not in covers(model, image(2,3,8,8)) and torch.jit.ScriptFunction.__call__ is run_scripted
 
-draws = dict(random=random.random, numpy=np.random.rand, torch=lambda: torch.rand(()).item())
+def test_scripted_functions_that_somebody_else_listens_to(monkeypatch):
+    run_scripted,heard = torch.jit.ScriptFunction.__call__,[]
+    def theirs(f, *args): return heard.append(f.name) or run_scripted(f, *args)
+    monkeypatch.setattr(torch.jit.ScriptFunction, '__call__', theirs)
+    covers(Fn(lambda s,x: smooth(s.norm(s.conv(x))), conv=conv(), norm=nn.BatchNorm2d(4)), image(2,3,8,8))
+    assert torch.jit.ScriptFunction.__call__ is theirs and len(heard)>2
 
-@pytest.mark.parametrize('draw', draws.values(), ids=draws)
-def test_random_numbers_that_decide(draw):
+draws = {'random':random.random, 'numpy.random':np.random.rand, 'torch.random':lambda: torch.rand(()).item()}
+
+@pytest.mark.parametrize('name, draw', draws.items(), ids=draws)
+def test_random_numbers_that_decide(name, draw):
     "Several draws are tried, and nobody's random numbers are used up."
     def seed(i):
         for f in (random.seed,np.random.seed,torch.manual_seed): f(i)
@@ -814,7 +830,45 @@ def test_random_numbers_that_decide(draw):
         right(model, folded, [x])
     assert 'would be wrong on inputs of' in reason(folder.result, 'norm')
     text = covers(Fn(lambda s,x: s.norm(s.conv(x))*(1 if draw()<.8 else 2), conv=conv(), norm=nn.BatchNorm2d(4)), x)
-    assert 'The code draws random numbers (`' in text and 'further draws it took 1 ways' in text
+    assert f'The code draws random numbers (`{name}`)' in text and 'further draws it took 1 ways' in text
+
+def test_another_generator_of_numpy():
+    "Its state is a dict."
+    old = np.random.get_bit_generator()
+    try:
+        np.random.set_bit_generator(np.random.PCG64(3))
+        BN_Folder().fold(simple(), image(2,3,8,8))
+        first = np.random.rand()
+        np.random.set_bit_generator(np.random.PCG64(3))
+        assert np.random.rand()==first
+    finally: np.random.set_bit_generator(old)
+
+def test_folds_in_two_threads_that_draw():
+    "Neither uses up, or gives back, what the other one seeded."
+    def f(s, x): return s.norm(s.conv(x))*(1 if random.random()+np.random.rand()<3 else 2)
+    models = [randomize_norms(Fn(f, conv=conv(), norm=nn.BatchNorm2d(4))) for _ in range(2)]
+    before = random.getstate(),np.random.get_state()[1].tolist()
+    with ThreadPoolExecutor(2) as pool: folded = [*pool.map(lambda m: BN_Folder().fold(m, image(2,3,8,8)), models)]
+    assert (random.getstate(),np.random.get_state()[1].tolist())==before
+    for m,new in zip(models, folded): right(m, new, [image(2,3,8,8)])
+
+def test_numbers_made_of_numbers():
+    "A number that occurs twice in the next one is reckoned once at each level, and a long chain comes to an end."
+    def levels(h, n):
+        for _ in range(n): h = h+(4-h%4)%4
+        return h
+    def steps(n):
+        while n>0: n -= 2
+        return n
+    for by,size in ((lambda x: levels(x.shape[2], 40)>300, 8),(lambda x: steps(x.shape[2])<-9, 1500)):
+        text = covers(Fn(lambda s,x,by=by: s.norm(s.conv(x))*(2 if by(x) else 1), conv=nn.Conv1d(3,4,1), norm=nn.BatchNorm1d(4)), image(2,3,size))
+        assert 'Proved on inputs of' in text
+    assert 'Not followed: sizes that become plain numbers (' in text
+
+def test_what_is_out_of_reach_is_not_reckoned():
+    "An extent beside a long one."
+    def f(s, x): return s.norm(s.layer(x).transpose(1,2)) if x.shape[1]<300 else s.layer(x).transpose(1,2)
+    assert 'Not covered: `shape[1] < 300`' in covers(Fn(f, layer=nn.Linear(2**16,4), norm=nn.BatchNorm1d(4)), image(2,10,2**16))
 
 class Mine(torch.Tensor): pass
 
@@ -833,9 +887,9 @@ def test_a_class_of_tensors_that_decides():
     right(model, folded, [x])
 
 lost = dict(ceil=lambda x: int(np.ceil(x.shape[2]/320))>1, chunk=lambda x: len(x.chunk(40, 2))==40, tensor_split=lambda x: len(x.tensor_split([3,50], 2))>3,
-    nbytes=lambda x: x.nbytes>50000, storage=lambda x: x.untyped_storage().nbytes()>50000, ratio=lambda x: (x.shape[2]/640).as_integer_ratio()[1]==1,
-    scripted=lambda x: is_wide(x), scripted_deep=lambda x: half_if_wide(x).shape[3]>10**6,
-    fraction=lambda x: Fraction(x.shape[2], 100)>5, modulus=lambda x: pow(x.shape[2], 2, 641)==1)
+    nbytes=lambda x: x.nbytes>50000, storage=lambda x: x.untyped_storage().nbytes()>50000, scripted=is_wide, scripted_stride=leads,
+    ratio=lambda x: (x.shape[2]/640).as_integer_ratio()[1]==1, scripted_number=lambda x: is_more(x.shape[3]), scripted_list=lambda x: len(columns(x))>300,
+    scripted_deep=lambda x: half_if_wide(x).shape[3]>10**6, fraction=lambda x: Fraction(x.shape[2], 100)>5, modulus=lambda x: pow(x.shape[2], 2, 641)==1)
 
 @pytest.mark.parametrize('by', lost.values(), ids=lost)
 def test_sizes_that_become_plain_numbers_are_said(by):

@@ -159,7 +159,7 @@ def _cut(op, out):
 
 def _need_own(op, a, dim):
     "Raise `Blocked` if `a` differs along `dim` and a number of the input says what is taken of it, or the size of another dimension, which does not go into this one."
-    own = all(d is not None and n and (d==dim or op.args.self.shape[dim]%n==0) for d,n in op.sized)
+    own = all(d is not None and n and (d==dim==1 or op.args.self.shape[dim]%n==0) for d,n in op.sized) # channels mostly come first
     need(own or a.constant(dim), f"{op.label} picks by a number of the input")
 
 def _whole(op, a, dim, idx):
