@@ -8,7 +8,7 @@ __all__ = ['FoldError', 'is_dense', 'Detached', 'overlapping', 'growing', 'accel
            'seed_all', 'preserved', 'passing', 'unwrap', 'check_model', 'copy_model']
 
 # %% ../nbs/01_state.ipynb #2463438d
-import copy, gc, random, numpy as np, torch
+import copy, gc, pickle, random, numpy as np, torch
 from array import array
 from collections import OrderedDict, deque
 from contextlib import contextmanager, nullcontext
@@ -231,7 +231,7 @@ class Structure:
             if more:
                 self.tensors += [o for o in more.values() if isinstance(o, Tensor)]
                 draws = [(o, *fs) for o in more.values() if (fs := _drawing(o))]
-                self.draws += [(o, get(o), put) for o,get,put in draws]
+                self.draws += [(o, get, get(o), put) for o,get,put in draws]
                 held += [o for o in more.values() if not isinstance(o, (Tensor,*_numbers)) and not _drawing(o)]
             full = [(o, o.copy()) for o in held if o and isinstance(o, (dict,set,list,deque))]
             full += [(o, copy.copy(o)) for o in more.values() if isinstance(o, _numbers)]
@@ -249,6 +249,10 @@ class Structure:
             inside = [id(o) for o in empty if o] + [id(o) for o,was in full if not _is_as(o, was)]
             yield from (self.where[i] for i in inside if i in self.where)
 
+    def drawn(self):
+        "Pairs (module, attribute) that lead to the random number generators it holds that have drawn since."
+        return [self.where[id(o)] for o,get,state,_ in self.draws if pickle.dumps(get(o))!=pickle.dumps(state)]
+
     def restore(self):
         "Let each module be and hold that again."
         for m,cls,attrs,empty,full,scripted in self.modules:
@@ -257,7 +261,7 @@ class Structure:
             for o in filter(None, empty): o.clear()
             for o,old in full: refill(o, old)
             _put_scripted(m, scripted)
-        for o,state,put in self.draws: put(o, state)
+        for o,_,state,put in self.draws: put(o, state)
 
 # %% ../nbs/01_state.ipynb #5a1c0f02
 @lru_cache(None)
@@ -318,7 +322,7 @@ class Still:
     @property
     def changed(self):
         "Names of what `model` holds otherwise now, after a call on which the next one may depend."
-        found = [*self.before.changed()]
+        found = [*self.before.changed(),*self.before.drawn()]
         wrote = {id(b) for b,version,*_ in self.buffers if version is not None and b._version!=version}
         if not found and not wrote: return []
         names = {m:f'{n}.'.lstrip('.') for n,m in self.model.named_modules()}
@@ -351,7 +355,7 @@ def _of_all(m, name): return getattr(m, f'{name}_all', getattr(m, name, None)) #
 
 def _rng_state():
     get = _of_all(accelerator(), 'get_rng_state')
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), get and get()
+    return random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state(), get and get()
 
 def _set_rng_state(state, which):
     setters = random.setstate,np.random.set_state,torch.set_rng_state,_of_all(accelerator(), 'set_rng_state')
@@ -374,9 +378,7 @@ class _Draws(Dispatch):
         return out
 
 # %% ../nbs/01_state.ipynb #5a1c0f47
-def _as_numpys(a, b): return a[2:]==b[2:] and np.array_equal(a[1], b[1]) if isinstance(a, tuple) else repr(a)==repr(b) # a dict, of any but its own generator
-
-_same = eq,_as_numpys,torch.equal,lambda a,b: a is None or all(map(torch.equal, a, b))
+_same = eq,lambda a,b: pickle.dumps(a)==pickle.dumps(b),torch.equal,lambda a,b: a is None or all(map(torch.equal, a, b))
 
 def _moved(old):
     "Which of the generators have another state than `old`."

@@ -2,7 +2,7 @@
 
 Each situation is a small model, a sample, and inputs unlike it: another size, batch, length, argument or route. Folded with the proof on, the model
 must be right for all of them. With the proof off it must be, too, wherever no data decides: a rule that counts on a property of the sample is wrong."""
-import copy, enum, math, numpy as np, pytest, random, torch, torch.nn.functional as F, torchvision
+import copy, enum, math, numpy as np, pickle, pytest, random, torch, torch.nn.functional as F, torchvision
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from types import SimpleNamespace
@@ -869,6 +869,14 @@ def test_what_is_out_of_reach_is_not_reckoned():
     "An extent beside a long one."
     def f(s, x): return s.norm(s.layer(x).transpose(1,2)) if x.shape[1]<300 else s.layer(x).transpose(1,2)
     assert 'Not covered: `shape[1] < 300`' in covers(Fn(f, layer=nn.Linear(2**16,4), norm=nn.BatchNorm1d(4)), image(2,10,2**16))
+
+@pytest.mark.parametrize('own', [random.Random(0), np.random.default_rng(0), np.random.RandomState(0)])
+def test_a_generator_of_its_own_is_said(own):
+    "It draws the same in each run of the proof, so two calls in a row are run."
+    model = Fn(lambda s,x: s.norm(s.conv(x))*(1 if s.own.uniform(0, 1)<.9 else 1), conv=conv(), norm=nn.BatchNorm2d(4), own=own)
+    before = pickle.dumps(own)
+    text = covers(model, image(2,3,8,8))
+    assert 'The model keeps `own` from one call to the next: two calls in a row were run.' in text and pickle.dumps(own)==before
 
 class Mine(torch.Tensor): pass
 
