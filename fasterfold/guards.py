@@ -235,10 +235,10 @@ class Watch(TorchFunctionMode):
         return tree_unflatten([remember(v, f'number {i}', lambda size,v=v,i=i: size(i, v), self) for i,v in enumerate(leaves)], spec)
 
     def _made_of(self, asked):
-        "Pairs (dimension, extent) of the sizes that were used for the numbers `asked`; of a number in the sample, the dimension is None."
-        keys = []
-        for a in asked: a.again(lambda key,n: keys.append(key) or n)
-        return [(k[1] if isinstance(k, tuple) else None, self.sizes[k]) for k in keys]
+        "Pairs (dimension, extent) of the sizes that were used for the numbers `asked`; of others, in the sample or from another pass, the dimension is None."
+        res = []
+        for a in asked: a.again(lambda key,n: res.append((key[1] if isinstance(key, tuple) and a.watch is self else None, n)) or n)
+        return res
 
     def _sized(self, func, args, kwargs):
         "The size that `func` tells, if it does and the tensor is not the model's own."

@@ -462,8 +462,8 @@ _tracers,_theirs,_lock = [],[],Lock() # `_theirs`: how scripted functions were c
 
 def _computes(block):
     "Does TorchScript compute numbers or lists of its own in `block`, or choose?"
-    kinds = [(n.kind(), {o.type().kind() for o in n.outputs()}, n) for n in block.nodes()]
-    return any(k in ('prim::If','prim::Loop') or k not in ('prim::Constant','prim::ListConstruct') and not types<={'TensorType','NoneType'} for k,types,_ in kinds)
+    def tells(n): return n.kind() not in ('prim::Constant','prim::ListConstruct') and not {o.type().kind() for o in n.outputs()}<={'TensorType','NoneType'}
+    return any(n.kind() in ('prim::If','prim::Loop') or tells(n) for n in block.nodes())
 
 def _call_scripted(f, *args, **kwargs):
     "Call the scripted function `f`, and tell the tracer of this thread, if there is one."

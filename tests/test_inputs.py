@@ -5,6 +5,7 @@ must be right for all of them. With the proof off it must be, too, wherever no d
 import copy, enum, math, numpy as np, pickle, pytest, random, torch, torch.nn.functional as F, torchvision
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import NamedTuple
 from torch import nn
@@ -908,6 +909,13 @@ def test_sizes_that_become_plain_numbers_are_said(by):
 def test_what_is_made_of_sizes_is_followed(by, wide):
     model,x = randomize_norms(Fn(lambda s,x: s.norm(s.conv(x)) if not by(x) else s.conv(x), conv=conv(), norm=nn.BatchNorm2d(4))),image(2,3,8,8)
     right(model, BN_Folder().fold(model, x), [x,image(2,3,wide,8)])
+
+def test_sizes_that_a_cache_keeps():
+    "What was computed in one pass turns up in the next ones."
+    @lru_cache
+    def half(n): return n//2
+    model,x = randomize_norms(Fn(lambda s,x: s.norm(s.conv(x)[:,:,:half(x.shape[2])]), conv=conv(), norm=nn.BatchNorm2d(4))),image(2,3,8,8)
+    for _ in range(2): right(model, BN_Folder().fold(model, x), [x,image(1,3,11,9)])
 
 def test_arguments_of_the_second_sample_are_given():
     class Masks(nn.Sequential):
