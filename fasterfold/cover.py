@@ -180,9 +180,11 @@ def _extents(asked, trials):
     seen = {k:[(t, t.graph.watch.sizes[k]) for t in trials if t.graph.watch and k in t.graph.watch.sizes and t.kind in kinds] for k in keys}
     return {k:pairs for k,pairs in seen.items() if len({n for _,n in pairs})>1}
 
-# %% ../nbs/07_cover.ipynb #43f1ab91
+# %% ../nbs/07_cover.ipynb #e94e3485
+def _is_comparison(asked): return asked[0][1].kind=='size'
 def _is_both(asked): return len({q.answer for _,q in asked})>1
 
+# %% ../nbs/07_cover.ipynb #43f1ab91
 def _by_text(comparisons, trials):
     "Those that came out both ways, and of the rest one for each text: a number that is one of several, as the larger side of an image is, has each its own."
     both,rest = [a for a in comparisons if _is_both(a)],{}
@@ -214,7 +216,7 @@ def fixed(
 )->list: # Questions
     "Comparisons of extents that no input of another size changes, where the model refused all others along a dimension that may vary."
     if all(any(t.sizes.get(k, n)!=n for t in cover.trials) for k,n in cover.labels.items()): return []
-    asked = [a for a in _by_place(cover.trials).values() if a[0][1].kind=='size' and not _extents(a, cover.trials)]
+    asked = [a for a in _by_place(cover.trials).values() if _is_comparison(a) and not _extents(a, cover.trials)]
     def must(text): return '(' not in text and not {'==','!='}.isdisjoint(text.split()) # as channels must be as many as a layer has
     return [a[0][1] for a in asked if not must(a[0][1].text)]
 
@@ -321,7 +323,7 @@ def turning_numbers(
     return [base.sample.put(i, c) for i,v in given.items() if isinstance(i, int) and (c := found(i, v)) is not None]
 
 # %% ../nbs/07_cover.ipynb #d3768ab5
-_turned_at_most = 24 # inputs that are tried to turn questions
+_inputs_at_most,_at_one_place = 24,8 # inputs that are tried to turn questions, and questions at one place that are turned: a loop may ask for ever
 
 def _extents_of(sample, labels): return {k:n for (k,m),n in zip(labels.items(), sample.labels.values()) if n!=m} if len(sample.labels)==len(labels) else {}
 
@@ -486,16 +488,16 @@ def _like(cover, trial, sizes):
 def _turn(cover):
     "Answer questions that went one way the other way, also those that only come up with another answer."
     looked,halved,ran = set(),set(),set()
-    while len(ran)<_turned_at_most and len(looked)<_turned_at_most:
+    while max(len(ran), len(looked))<_inputs_at_most:
         places = Counter(where for where,*_ in looked)
-        left = {k:a for k,a in open_questions(cover.trials).items() if k not in looked and places[k[0]]<_turned_at_most//3} # a loop may ask at one place for ever
+        left = {k:a for k,a in open_questions(cover.trials).items() if k not in looked and places[k[0]]<_at_one_place}
         if not left: return
-        key = min(left, key=lambda k: (left[k][0][1].kind!='size', places[k[0]]))
+        key = min(left, key=lambda k: (not _is_comparison(left[k]), places[k[0]]))
         asked = left[key]
         base = min((t for t,_ in asked), key=lambda t: (_other(cover, t), t.numbers))
         tries = [_like(cover, base, sizes) for sizes in turning(asked, cover.trials, cover.labels)]
         tries += [(_smallest(asked)[0].sizes, s, what) for what,s in turning_numbers(asked)]
-        if tries or key in halved or asked[0][1].kind!='size': looked.add(key)
+        if tries or key in halved or not _is_comparison(asked): looked.add(key)
         else:
             halved.add(key)
             tries = [_like(cover, base, sizes) for sizes in halves(asked, cover.labels)]
@@ -599,7 +601,7 @@ def describe(
     res = [f"{how} on inputs of {_listed(map(str, cover.trials))}."]
     if not cover.watched: return [*res, "Not covered: what its code asks of its input, which could not be watched."]
     if len(cover.trials)==cover.given: res.append("It took no input of another size that was tried.")
-    turned = [compared[0][0][1] for a in asked.values() if (compared := [c for c in a if c[0][1].kind=='size']) and all(map(_is_both, compared))]
+    turned = [compared[0][0][1] for a in asked.values() if (compared := [*filter(_is_comparison, a)]) and all(map(_is_both, compared))]
     if turned: res.append(f"The model asks for sizes at {_places(len(turned))} ({_at(turned)}): both answers were run.")
     if same: res.append(f"Reckoned from their sizes, no single size up to {at_most} turns {_at(same)}.")
     left += fixed(cover)

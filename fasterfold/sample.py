@@ -95,14 +95,12 @@ def returned(
     return [t if t.layout is torch.strided else t.to_dense() for t in res],hidden
 
 # %% ../nbs/02_sample.ipynb #a595da20
-def _unhistoried(t): return t.detach().clone()
-
 def _plain(t):
-    "A copy of `t` without its history, as a plain tensor."
-    return _unhistoried(t if type(t) is Tensor or is_traceable_wrapper_subclass(t) else t.as_subclass(Tensor))
+    "`t` as a plain tensor."
+    return t if type(t) is Tensor or is_traceable_wrapper_subclass(t) else t.as_subclass(Tensor)
 
-def _copied(o, copied=_plain):
-    "A copy of any structure: of its tensors, each of which is `copied`, and objects."
+def _copied(o, plain=True):
+    "A copy of any structure: of its tensors, without their history and, if `plain`, as plain ones, and of objects."
     copies = {}
     def other(o):
         try:
@@ -111,7 +109,7 @@ def _copied(o, copied=_plain):
     def one(o):
         if not isinstance(o, Tensor) and not _is_object(o): return o
         if id(o) in copies: return copies[id(o)]
-        res = copies[id(o)] = (copied if isinstance(o, Tensor) else other)(o)
+        res = copies[id(o)] = (_plain(o) if plain else o).detach().clone() if isinstance(o, Tensor) else other(o)
         if isinstance(o, Tensor) and vars(o): vars(res).update(tree_map(one, dict(vars(o)))) # which code may ask for
         return res
     return tree_map(one, o)
@@ -180,7 +178,7 @@ class Sample:
         plain:bool=True, # Do tensors become plain ones?
     )->tuple: # (args, kwargs)
         "Copies of the arguments, for a model that may write to them."
-        return _copied((self.args,self.kwargs), _plain if plain else _unhistoried)
+        return _copied((self.args,self.kwargs), plain)
 
     def ahead(self,
         model, # Any function
@@ -218,7 +216,13 @@ class Sample:
         f, # Tensor to tensor
     ): # A `Sample`
         "The same with `f` of each tensor; those inside objects stay as they are."
-        return Sample(*tree_map_only(Tensor, f, (self.args,self.kwargs)), self.parts, self.calls, self.seed)
+        args,kwargs = tree_map_only(Tensor, f, (self.args,self.kwargs))
+        return self._but(args=args, kwargs=kwargs)
+
+    def _but(self, **changes):
+        res = copy.copy(self)
+        vars(res).update(changes)
+        return res
 
     @property
     def tensors(self)->list: return tensors_of((self.args,self.kwargs))
@@ -248,7 +252,7 @@ def jittered(self:Sample,
 @patch(as_prop=True)
 def twice(self:Sample): # A `Sample`
     "The same after a call with it."
-    return Sample(self.args, self.kwargs, self.parts, 2, self.seed)
+    return self._but(calls=2)
 
 # %% ../nbs/02_sample.ipynb #28ebb9e6
 @patch
@@ -256,12 +260,13 @@ def seeded(self:Sample,
     seed:int, # Of all random numbers
 ): # A `Sample`
     "The same with random numbers of its own."
-    return Sample(self.args, self.kwargs, self.parts, self.calls, seed)
+    return self._but(seed=seed)
 
 @patch(as_prop=True)
 def classes(self:Sample)->list: # Names
     "The classes of tensors that become plain ones when they are copied."
-    return sorted({type(t).__name__ for t in tree_flatten((self.args,self.kwargs))[0] if isinstance(t, Tensor) and type(_plain(t)) is not type(t)}-{'Parameter'})
+    ts = [t for t in tree_flatten((self.args,self.kwargs))[0] if isinstance(t, Tensor) and not isinstance(t, nn.Parameter)]
+    return sorted({type(t).__name__ for t in ts if _plain(t) is not t})
 
 # %% ../nbs/02_sample.ipynb #e4634de0
 @patch(as_prop=True)

@@ -175,6 +175,8 @@ _generators = [ # (kind of random number generator, functions that give and set 
     (np.random.RandomState, np.random.RandomState.get_state, np.random.RandomState.set_state),
     (np.random.Generator, lambda g: g.bit_generator.state, lambda g,state: setattr(g.bit_generator, 'state', state))]
 
+def _is_state(a, b): return pickle.dumps(a)==pickle.dumps(b) # numbers, tuples, dicts, arrays or tensors
+
 def _drawing(o):
     "The functions that give and set the state of a random number generator; None for what is none, or has no state."
     return next((fs for kind,*fs in _generators if isinstance(o, kind) and not isinstance(o, random.SystemRandom)), None)
@@ -249,9 +251,9 @@ class Structure:
             inside = [id(o) for o in empty if o] + [id(o) for o,was in full if not _is_as(o, was)]
             yield from (self.where[i] for i in inside if i in self.where)
 
-    def drawn(self):
-        "Pairs (module, attribute) that lead to the random number generators it holds that have drawn since."
-        return [self.where[id(o)] for o,get,state,_ in self.draws if pickle.dumps(get(o))!=pickle.dumps(state)]
+    def drawn(self)->list: # Pairs (module, attribute)
+        "Where it holds random number generators that have drawn since."
+        return [self.where[id(o)] for o,get,state,_ in self.draws if not _is_state(get(o), state)]
 
     def restore(self):
         "Let each module be and hold that again."
@@ -378,7 +380,7 @@ class _Draws(Dispatch):
         return out
 
 # %% ../nbs/01_state.ipynb #5a1c0f47
-_same = eq,lambda a,b: pickle.dumps(a)==pickle.dumps(b),torch.equal,lambda a,b: a is None or all(map(torch.equal, a, b))
+_same = eq,_is_state,torch.equal,lambda a,b: a is None or all(map(torch.equal, a, b))
 
 def _moved(old):
     "Which of the generators have another state than `old`."
