@@ -135,6 +135,7 @@ class Extent(_Asked, int):
     "A size that remembers."
     base = staticmethod(lambda s: int.__add__(s, 0))
     def __int__(self): return self._lost('int')
+    def __index__(self): return self._lost('index')
     def __float__(self): return float(self._lost('float'))
     def __invert__(self): return -self-1
     def conjugate(self): return self
@@ -167,15 +168,19 @@ def remember(
     return res
 
 # %% ../nbs/03_guards.ipynb #5a1cc002
-def _sliced(t, index):
-    "Dimensions of `t` of which `index` takes no more than a number in the code says."
-    items,res = index if isinstance(index, tuple) else (index,),[]
-    if not all(i is None or i is ... or isinstance(i, (int,slice)) and not isinstance(i, bool) for i in items): return res
+def _by_dimension(t, index):
+    "Pairs of a dimension of `t` and what `index` takes of it, if it consists of numbers and slices alone."
+    items = index if isinstance(index, tuple) else (index,)
+    if not all(i is None or i is ... or isinstance(i, (int,slice)) and not isinstance(i, bool) for i in items): return
     d,rest = 0,t.dim()-sum(isinstance(i, (int,slice)) for i in items) # the dimensions that `...` stands for
     for i in items:
-        if isinstance(i, slice): res.append((d, -i.start if type(i.start) is int and i.start<0 else i.stop))
+        if isinstance(i, (int,slice)): yield d,i
         d += rest if i is ... else i is not None
-    return [(d, n) for d,n in res if type(n) is int and n>1]
+
+def _sliced(t, index):
+    "Dimensions of `t` of which `index` takes no more than a number in the code says."
+    ends = [(d, -i.start if type(i.start) is int and i.start<0 else i.stop) for d,i in _by_dimension(t, index) if isinstance(i, slice)]
+    return [(d, n) for d,n in ends if type(n) is int and n>1]
 
 def _split(t, size=None, dim=0, **_): return [(dim%t.dim(), size+1)] if type(size) is int else []
 
@@ -203,6 +208,7 @@ _windows = 'conv','pool','pad','unfold' # parts of names of functions to which a
 
 # %% ../nbs/03_guards.ipynb #2c51c2b1
 _shape,_nbytes = Tensor.shape.__get__,Tensor.nbytes.__get__
+_tells = {'size','numel','nelement','sym_size','sym_size.int','sym_size.default','sym_numel','sym_numel.default'}
 
 class Watch(TorchFunctionMode):
     "Note what the code of a model asks while it runs."
@@ -234,35 +240,45 @@ class Watch(TorchFunctionMode):
         self.sizes.update((i,v) for i,v in enumerate(leaves) if isinstance(v, (int,float)))
         return tree_unflatten([remember(v, f'number {i}', lambda size,v=v,i=i: size(i, v), self) for i,v in enumerate(leaves)], spec)
 
-    def _made_of(self, asked):
-        "Pairs (dimension, extent) of the sizes that were used for the numbers `asked`; of others, in the sample or from another pass, the dimension is None."
-        res = []
-        for a in asked: a.again(lambda key,n: res.append((key[1] if isinstance(key, tuple) and a.watch is self else None, n)) or n)
-        return res
-
     def _sized(self, func, args, kwargs):
         "The size that `func` tells, if it does and the tensor is not the model's own."
         name,t = getattr(func, '__name__', ''),args[0]
         if func==_shape: return torch.Size(self._size(t, d, n) for d,n in enumerate(func(t)))
         out = func(*args, **kwargs)
-        if name in ('numel','nelement'): return math.prod(self._size(t, d, n) for d,n in enumerate(t.size()))
-        if isinstance(out, torch.Size): return torch.Size(self._size(t, d, n) for d,n in enumerate(out))
+        if name.startswith(('numel','nelement','sym_numel')): return math.prod(self._size(t, d, n) for d,n in enumerate(t.size()))
+        if not isinstance(out, int): return torch.Size(self._size(t, d, n) for d,n in enumerate(out))
         return self._size(t, (args[1] if len(args)>1 else kwargs['dim'])%max(t.dim(), 1), out)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs,name = kwargs or {},getattr(func, '__name__', '')
         t = args[0] if args else None
         if isinstance(t, Tensor) and not self.own(t):
-            if func==_shape or name in ('size','numel','nelement') and is_dense(t): return self._sized(func, args, kwargs)
+            if func==_shape or name in _tells and is_dense(t): return self._sized(func, args, kwargs)
             self._look('nbytes' if func==_nbytes else name, args, kwargs)
         before = self.busy
         asked = asked_in([*args,*kwargs.values()])
-        if asked: self.busy = *before,*self._made_of(asked)
+        if asked: self.busy = *before,*self._used(name, args, asked)
         if asked and any(w in name for w in _windows):
             for a in asked:
                 if not a.text.startswith('shape[') or ' ' in a.text: self.note('size', a.text, (a.plain,), a.plain, a.again)
         try: return func(*args, **kwargs)
         finally: self.busy = before
+
+# %% ../nbs/03_guards.ipynb #319f5b8f
+@patch
+def _made_of(self:Watch, asked, at):
+    "Of the sizes that were used for the numbers `asked`, the dimension, extent, and `at`; of others, in the sample or from another pass, the dimension is None."
+    res = []
+    for a in asked: a.again(lambda key,n: res.append((key[1] if isinstance(key, tuple) and a.watch is self else None, n, at)) or n)
+    return res
+
+@patch
+def _used(self:Watch, name, args, asked):
+    "`Op.sized` of the operations of a function to which the numbers `asked` are passed."
+    t = args[0] if args else None
+    cuts = [(d-t.dim(), a) for d,i in _by_dimension(t, args[1]) if (a := asked_in(i))] if name=='__getitem__' and is_dense(t) else []
+    return [o for d,a in cuts or [(None,asked)] for o in self._made_of(a, d)]
+
 
 # %% ../nbs/03_guards.ipynb #b5d656a4
 @patch

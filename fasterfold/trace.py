@@ -76,7 +76,7 @@ class Op:
     call:'Call' # The innermost module call it ran in
     outs:list = field(default_factory=list) # Values it made, None where an output is no tensor
     writes:list = field(default_factory=list) # Storages it wrote to
-    sized:tuple = () # Pairs (dimension, extent) of the sizes that were passed to the function in which it ran; of another number of the sample, the dimension is None
+    sized:tuple = () # Of the sizes that were passed to the function in which it ran: dimension, extent, and which dimension of the operand they cut, counted from the last, or None; of another number of the sample, the first is None
     passed:bool = False # Is what it wrote to read only through what its module returned?
 
     @property

@@ -275,7 +275,8 @@ def again(f, y, n):
     return y
 channels_by_size = dict(narrow=lambda y,n: y.repeat(1,3,1,1).narrow(1, n, 8), slice=lambda y,n: y.repeat(1,3,1,1)[:,n:n+8], roll=lambda y,n: y.roll(n, 1),
     flip=lambda y,n: y.flip(2-n%2), channel_shuffle=lambda y,n: F.channel_shuffle(y, 2**n),
-    view=lambda y,n: y.view(len(y),1+n%2,-1,*y.shape[2:]).transpose(1,2).reshape(y.shape))
+    view=lambda y,n: y.view(len(y),1+n%2,-1,*y.shape[2:]).transpose(1,2).reshape(y.shape),)
+few_of_many = dict(step=lambda y,n: y[:,::n+1], start=lambda y,n: y[:,n:], shuffle=lambda y,n: F.pixel_shuffle(y, n+1))
 by_number = dict(rounds=lambda y,h: again(torch.relu, y, h//100), copies=lambda y,h: nn.Sequential(*[nn.ReLU()]*(h//100))(y),
     entry=lambda y,h: [y,y.relu(),-y][h//100], root=lambda y,h: y.relu() if math.sqrt(h//100)>.5 else y,
     nearest=lambda y,h: [y,y.relu(),-y][min(round(h/100), 2)], bits=lambda y,h: [y,y.relu(),-y][(h>>6)%3])
@@ -404,6 +405,7 @@ def situations():
     wide = image(2,3,32,32),image(2,3,120,32),image(1,3,250,40)
     for k,f in asked_in_one_place.items(): add(k, Fn(f, **last()), image(2,3,64,64), image(2,3,32,32), image(2,3,53,64), image(2,3,140,64))
     for k,f in channels_by_size.items(): add(k, Fn(lambda s,x,f=f: s.norm(f(s.conv(x), x.shape[2]//100)).relu(), conv=conv(3,8), norm=bn2(8)), *wide)
+    for k,f in few_of_many.items(): add(k, Fn(lambda s,x,f=f: s.norm(f(s.conv(x), x.shape[2]//100)[:,:2]).relu(), conv=conv(3,36), norm=bn2(2)), *wide)
     add('gate_of_tokens', Fn(lambda s,x: s.last(torch.mul(*s.norm(s.layer(x.flatten(2).transpose(1,2)).transpose(1,2)).transpose(1,2).split(x.shape[1], 2))),
         layer=lin(6,12), norm=bn1(12), last=lin(6,2)), image(2,6,5,5), image(1,6,7,9))
     for k,f in by_number.items(): add(k, Fn(lambda s,x,f=f: s.norm(f(s.conv(x), x.shape[2])), **last()), *wide)
@@ -416,7 +418,7 @@ def situations():
     add('loudness', Fn(lambda s,x: s.norm(s.conv(x)) if x.std()<2.5 else s.conv(x), conv=conv(padding=1), norm=bn2(4)), y, y*4)
     return res
 
-by_data = {*asked_in_one_place,*by_number,'flip','channel_shuffle','view',
+by_data = {*asked_in_one_place,*by_number,'view',
     'nothing_masked','short_batch','odd_width','wide','sign_of_the_mean','loudness','truth_as_argument','pad_if_needed','shapes_that_agree','two_questions_in_one_line',
     'area','twice_as_high','two_remainders','halved_in_a_loop','large_integer','negative_integer','large_float','negative_float','fifth_of_many',
     'cut_at_a_number','larger_side','sizes_together','bits_of_a_size','division_by_a_size','cut_at_a_larger_number','pieces_of_a_length',
@@ -897,15 +899,23 @@ def test_a_class_of_tensors_that_decides():
 
 lost = dict(ceil=lambda x: int(np.ceil(x.shape[2]/320))>1, chunk=lambda x: len(x.chunk(40, 2))==40, tensor_split=lambda x: len(x.tensor_split([3,50], 2))>3,
     nbytes=lambda x: x.nbytes>50000, storage=lambda x: x.untyped_storage().nbytes()>50000, scripted=is_wide, scripted_stride=leads,
-    ratio=lambda x: (x.shape[2]/640).as_integer_ratio()[1]==1, scripted_number=lambda x: is_more(x.shape[3]), scripted_list=lambda x: len(columns(x))>300,
-    scripted_deep=lambda x: half_if_wide(x).shape[3]>10**6, fraction=lambda x: Fraction(x.shape[2], 100)>5, modulus=lambda x: pow(x.shape[2], 2, 641)==1)
+    index=lambda x: x.shape[2].__index__()>300, ratio=lambda x: (x.shape[2]/640).as_integer_ratio()[1]==1, scripted_number=lambda x: is_more(x.shape[3]),
+    scripted_list=lambda x: len(columns(x))>300, scripted_deep=lambda x: half_if_wide(x).shape[3]>10**6,
+    fraction=lambda x: Fraction(x.shape[2], 100)>5, modulus=lambda x: pow(x.shape[2], 2, 641)==1)
+
+def test_channels_and_heights_cut_at_once():
+    model,x = randomize_norms(Fn(lambda s,x: s.norm((y := s.conv(x))[:,:y.shape[1]//2,:y.shape[2]-1]), conv=conv(3,10), norm=nn.BatchNorm2d(5))),image(2,3,8,8)
+    folder = BN_Folder()
+    right(model, folder.fold(model, x), [x,image(1,3,9,12)])
+    assert folder.result.folded
 
 @pytest.mark.parametrize('by', lost.values(), ids=lost)
 def test_sizes_that_become_plain_numbers_are_said(by):
     text = covers(Fn(lambda s,x: s.norm(s.conv(x))*(2 if by(x) else 1), conv=conv(), norm=nn.BatchNorm2d(4)), image(2,3,8,8))
     assert 'Not followed: sizes that become plain numbers (`' in text and any(f in text for f in ('test_inputs.py:','fractions.py:'))
 
-@pytest.mark.parametrize('by, wide', [(lambda x: +x.shape[2]>50, 60),(lambda x: (x.shape[2]/30).is_integer(), 30),(lambda x: ~x.shape[2]<-50, 60)])
+@pytest.mark.parametrize('by, wide', [(lambda x: +x.shape[2]>50, 60),(lambda x: (x.shape[2]/30).is_integer(), 30),(lambda x: ~x.shape[2]<-50, 60),
+    (lambda x: torch.ops.aten.sym_size(x, 2)>50, 60),(lambda x: torch.ops.aten.sym_size(x)[2]>50, 60),(lambda x: torch.ops.aten.sym_numel(x)>3000, 80)])
 def test_what_is_made_of_sizes_is_followed(by, wide):
     model,x = randomize_norms(Fn(lambda s,x: s.norm(s.conv(x)) if not by(x) else s.conv(x), conv=conv(), norm=nn.BatchNorm2d(4))),image(2,3,8,8)
     right(model, BN_Folder().fold(model, x), [x,image(2,3,wide,8)])

@@ -40,18 +40,34 @@ def _(op, shape):
     return [('permute', dims)]
 
 # %% ../../nbs/rules/02_shapes.ipynb #8a89b457
+def _need_own(op, a, dim=None):
+    """Raise `Blocked` if `a` differs along a dimension of which a number of the input says what is taken, or the size of another dimension, which does not
+    go into this one. Where nobody knows along which dimension a number cuts, it is `dim`."""
+    v = first(op)
+    for d,n,at in op.sized:
+        at = dim if at is None else at+v.rank
+        own = at is None or at<0 or d is not None and n and (d==at==1 or v.shape[at]%n==0) # channels mostly come first
+        need(own or a.constant(at), f"{op.label} picks by a number of the input")
+
+def _need_none(op): need(not op.sized, f"{op.label} picks by a number of the input")
+
+
+# %% ../../nbs/rules/02_shapes.ipynb #eb9de469
 @steps('pixel_shuffle')
 def _(op, shape):
+    _need_none(op)
     (*n,c,h,w),r,k = shape,op.args.upscale_factor,len(shape)-3
     return [('view', (*n,c//r**2,r,r,h,w)), ('permute', [*range(k),k,k+3,k+1,k+4,k+2]), ('view', op.out.shape)]
 
 @steps('pixel_unshuffle')
 def _(op, shape):
+    _need_none(op)
     (*n,c,h,w),r,k = shape,op.args.downscale_factor,len(shape)-3
     return [('view', (*n,c,h//r,r,w//r,r)), ('permute', [*range(k),k,k+2,k+4,k+1,k+3]), ('view', op.out.shape)]
 
 @steps('channel_shuffle')
 def _(op, shape):
+    _need_none(op)
     (n,c,*rest),g = shape,op.args.groups
     return [('view', (n,g,c//g,*rest)), ('permute', [0,2,1,*range(3,len(rest)+3)]), ('view', shape)]
 
@@ -69,11 +85,13 @@ def _walk(op):
 def _(op, out, a, ctx):
     for kind,arg,frm,to in reversed(_walk(op)):
         a = reshaped(a, to, frm) if kind=='view' else permuted(a, torch.tensor(arg).argsort().tolist())
+    _need_own(op, a) # where a cut takes all, an alias is left of it
     return [(first(op), a)]
 
 @push(*STEPS)
 def _(op, carried, ctx):
     a, = carried.values()
+    _need_own(op, a)
     for kind,arg,frm,to in _walk(op): a = reshaped(a, frm, to) if kind=='view' else permuted(a, arg)
     return [(op.out, a)], []
 
@@ -148,6 +166,7 @@ def _(op, i): return torch.tensor([i])
 @cut('flip','roll')
 def _(op, i):
     need(len(op.args.dims)==1, f"{op.label} turns several dimensions")
+    if op.name=='flip': _need_none(op)
     idx = torch.arange(_size(op))
     return idx.flip(0) if op.name=='flip' else idx.roll(op.args.shifts[0])
 
@@ -156,11 +175,6 @@ def _cut(op, out):
     "Dimension, indices, and the shape of `out` before `select` drops its dimension."
     dim,idx = dim_of(op),CUT[op.name](op, op.outs.index(out))
     return dim, idx, [len(idx) if d==dim else n for d,n in enumerate(op.args.self.shape)]
-
-def _need_own(op, a, dim):
-    "Raise `Blocked` if `a` differs along `dim` and a number of the input says what is taken of it, or the size of another dimension, which does not go into this one."
-    own = all(d is not None and n and (d==dim==1 or op.args.self.shape[dim]%n==0) for d,n in op.sized) # channels mostly come first
-    need(own or a.constant(dim), f"{op.label} picks by a number of the input")
 
 def _whole(op, a, dim, idx):
     "`a` on the part `idx` of the input of `op` as a map of all of it."
