@@ -1420,14 +1420,15 @@ def _freed(p):
 
 # %% ../nbs/14_certify.ipynb #ce270084
 def _programs(models, sample):
-    "The same for both models, with as many free sizes as there can be."
-    sample = Sample.of(sample, models[0])
-    if sample.batch==1: sample = sample.items(2)
-    why = None
-    for free in (lambda i,d: True),(lambda i,d: d==0),(lambda i,d: False):
+    "The same for both models, with as many free sizes as there can be. Nothing is free that is one, so a batch of one is exported as two, if two stand for any."
+    given = Sample.of(sample, models[0])
+    two,why = given.items(2) if given.batch==1 else given,None
+    for s,free in (two,lambda i,d: True),(two,lambda i,d: d==0),(given,lambda i,d: d>0),(given,lambda i,d: False):
         try:
-            first = _exported(models[0], sample, free)
-            return first,_exported(models[1], sample, _freed(first))
+            first = _exported(models[0], s, free)
+            freed = _freed(first)
+            if s is not given and not any(freed(i, 0) for i,t in enumerate(tree_leaves(first.example_inputs)) if isinstance(t, Tensor)): continue
+            return first,_exported(models[1], s, freed)
         except FoldError: raise
         except Exception as e: why = why or e
     raise Undecided(f"it cannot be exported ({type(why).__name__}: {shorten(str(why), 300, placeholder=' …')})")

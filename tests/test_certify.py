@@ -766,6 +766,19 @@ def random_pair(seed, wrongly):
     how = rng.choice((broken_rule,changed_weight,dropped_norm)) if rng.random()<wrongly else None
     return net,how(net, sample, rng) if how else BN_Folder(verify=False).fold(net, sample),sample,how.__name__ if how else ''
 
+class AloneOnly(nn.Sequential):
+    "Another way for a batch than for a single input."
+    def forward(self, x): return super().forward(x) if len(x.chunk(2))==1 else x
+
+def test_a_sample_of_one_is_covered():
+    "It is exported as two only where these stand for any batch."
+    net,new,x = pair(lambda: AloneOnly(nn.Linear(4, 3), nn.BatchNorm1d(3)), torch.randn(1, 4))
+    assert [*proved(net, new, x).inputs.values()]==['float32[1, 4]']
+    with torch.no_grad(): new[0].bias += 1
+    assert not certify(net, new, x).proved
+    net,new,x = pair(lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), x)
+    assert 'batch' in str(proved(net, new, x))
+
 def test_random_networks():
     "None is proved that other sizes show to be wrong, and most of those that are right are proved."
     found = Counter()
