@@ -208,7 +208,8 @@ _windows = 'conv','pool','pad','unfold' # parts of names of functions to which a
 
 # %% ../nbs/03_guards.ipynb #2c51c2b1
 _shape,_nbytes = Tensor.shape.__get__,Tensor.nbytes.__get__
-_tells = {'size','numel','nelement','sym_size','sym_size.int','sym_size.default','sym_numel','sym_numel.default'}
+_counts = {'numel','nelement','sym_numel','sym_numel.default'}
+_tells = _counts|{'size','sym_size','sym_size.int','sym_size.default'}
 
 class Watch(TorchFunctionMode):
     "Note what the code of a model asks while it runs."
@@ -245,7 +246,7 @@ class Watch(TorchFunctionMode):
         name,t = getattr(func, '__name__', ''),args[0]
         if func==_shape: return torch.Size(self._size(t, d, n) for d,n in enumerate(func(t)))
         out = func(*args, **kwargs)
-        if name.startswith(('numel','nelement','sym_numel')): return math.prod(self._size(t, d, n) for d,n in enumerate(t.size()))
+        if name in _counts: return math.prod(self._size(t, d, n) for d,n in enumerate(t.size()))
         if not isinstance(out, int): return torch.Size(self._size(t, d, n) for d,n in enumerate(out))
         return self._size(t, (args[1] if len(args)>1 else kwargs['dim'])%max(t.dim(), 1), out)
 
@@ -278,7 +279,6 @@ def _used(self:Watch, name, args, asked):
     t = args[0] if args else None
     cuts = [(d-t.dim(), a) for d,i in _by_dimension(t, args[1]) if (a := asked_in(i))] if name=='__getitem__' and is_dense(t) else []
     return [o for d,a in cuts or [(None,asked)] for o in self._made_of(a, d)]
-
 
 # %% ../nbs/03_guards.ipynb #b5d656a4
 @patch

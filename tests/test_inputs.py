@@ -275,7 +275,7 @@ def again(f, y, n):
     return y
 channels_by_size = dict(narrow=lambda y,n: y.repeat(1,3,1,1).narrow(1, n, 8), slice=lambda y,n: y.repeat(1,3,1,1)[:,n:n+8], roll=lambda y,n: y.roll(n, 1),
     flip=lambda y,n: y.flip(2-n%2), channel_shuffle=lambda y,n: F.channel_shuffle(y, 2**n),
-    view=lambda y,n: y.view(len(y),1+n%2,-1,*y.shape[2:]).transpose(1,2).reshape(y.shape),)
+    view=lambda y,n: y.view(len(y),1+n%2,-1,*y.shape[2:]).transpose(1,2).reshape(y.shape))
 few_of_many = dict(step=lambda y,n: y[:,::n+1], start=lambda y,n: y[:,n:], shuffle=lambda y,n: F.pixel_shuffle(y, n+1))
 by_number = dict(rounds=lambda y,h: again(torch.relu, y, h//100), copies=lambda y,h: nn.Sequential(*[nn.ReLU()]*(h//100))(y),
     entry=lambda y,h: [y,y.relu(),-y][h//100], root=lambda y,h: y.relu() if math.sqrt(h//100)>.5 else y,

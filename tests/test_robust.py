@@ -11,7 +11,7 @@ from fasterfold.proof import run_as
 from fasterfold.state import FoldError
 from helpers import *
 
-DRAWS = lambda: torch.rand(1),random.random,np.random.rand # of the last two nobody knows whether they decide, so eight more inputs are tried
+DRAWS = (lambda: torch.rand(1)),random.random,np.random.rand # of the last two nobody knows whether they decide, so eight more inputs are tried
 
 class Noisy(nn.Module):
     "Draws random numbers and drops them; counts its calls in a buffer."

@@ -51,7 +51,6 @@ def _need_own(op, a, dim=None):
 
 def _need_none(op): need(not op.sized, f"{op.label} picks by a number of the input")
 
-
 # %% ../../nbs/rules/02_shapes.ipynb #eb9de469
 @steps('pixel_shuffle')
 def _(op, shape):
