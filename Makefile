@@ -1,6 +1,7 @@
 PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
+PIP = $(BIN)/python -m pip install --disable-pip-version-check
 READY := .venv/.ready
 PEERS := .venv/.ready-peers
 STYLED := $(wildcard fasterfold nbs tests benchmarks docs)
@@ -11,16 +12,21 @@ STYLED := $(wildcard fasterfold nbs tests benchmarks docs)
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 13
 
+DEV := .[dev]
+ALL := .[dev,bench]
+# uv takes a tenth of pip's time; where it cannot install, as behind a proxy that only pip knows, pip does
+install = $(PIP) uv && $(BIN)/uv pip install --python $(BIN)/python -e '$(1)' || $(PIP) -e '$(1)'
+
 # Set up again only if the requirements may have changed
 $(READY): settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3,10))' || \
 		{ echo 'fasterfold needs Python 3.10 or newer: make PYTHON=python3.12 ...' >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	$(call install,$(DEV))
 	@touch $@
 
 $(PEERS): $(READY)
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev,bench]'
+	$(call install,$(ALL))
 	@touch $@
 
 setup: $(READY) ## Make .venv with fasterfold and its development tools in it

@@ -312,6 +312,7 @@ def situations():
         (x,0), (x,1), (x,2))
     add('gain_as_length', Fn(lambda s,x: s.norm(s.conv(x)/x.shape[-1]), conv=conv(padding=1), norm=bn2(4)), x, image(2,3,5,7))
     add('domain', Fn(lambda s,x,i: s.norms[i](s.conv(x)), conv=conv(), norms=norms(3)), (x,0), (x,1), (x,2))
+    add('domain_of_two_lists', Fn(lambda s,x,i: s.norms[i%2](s.convs[i%3](x)), convs=nn.ModuleList(conv() for _ in range(3)), norms=norms(2)), (x,0), (x,1), (x,2))
     add('domain_with_a_norm_that_has_no_weights', Fn(lambda s,x,i: s.norms[i](s.conv(x)), conv=conv(), norms=nn.ModuleList([bn2(4),nn.InstanceNorm2d(4)])), (x,0), (x,1))
     add('domain_by_keyword', Fn(lambda s,x,domain=0: s.norms[domain](s.conv(x)), conv=conv(), norms=norms(2)), dict(x=x), dict(x=x, domain=1))
     add('domain_as_tensor', Fn(lambda s,x,i: s.norms[i.item()](s.conv(x)), conv=conv(), norms=norms(2)), (x,torch.tensor(0)), (x,torch.tensor(1)))
