@@ -151,6 +151,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fasterfold.certify._average': ('certify.html#_average', 'fasterfold/certify.py'),
                                     'fasterfold.certify._avg_pool': ('certify.html#_avg_pool', 'fasterfold/certify.py'),
                                     'fasterfold.certify._batch_norm': ('certify.html#_batch_norm', 'fasterfold/certify.py'),
+                                    'fasterfold.certify._by_one_of': ('certify.html#_by_one_of', 'fasterfold/certify.py'),
                                     'fasterfold.certify._cat': ('certify.html#_cat', 'fasterfold/certify.py'),
                                     'fasterfold.certify._channel': ('certify.html#_channel', 'fasterfold/certify.py'),
                                     'fasterfold.certify._compared': ('certify.html#_compared', 'fasterfold/certify.py'),

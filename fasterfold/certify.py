@@ -21,6 +21,7 @@ from torch import nn, Tensor
 from torch.export import Dim, ExportedProgram
 from torch.fx import Interpreter, Node
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._sympy.value_ranges import bound_sympy
 from fastcore.basics import patch
 from .interrupt import interruptible, whole, write_whole
 from .sample import Sample
@@ -452,6 +453,14 @@ def parts(x, whole):
     if x.core is None: return {}
     return {x.core:x.s} if x.core.parts is None or x.core.id in whole else {c:s*x.s for c,s in x.core.parts.items()}
 
+def _by_one_of(w, cores, x):
+    "`x` by one of the `cores` that has a map of the core of `x` in it, if there is one."
+    found = [c for c in map(w.table.byid.__getitem__, sorted(cores)) if x.core is not None and c.key==('map',x.core.id) and not c.nums[0].has(0).any()]
+    if not found or x.core.id in cores: return x
+    s,t = found[0].nums
+    k = x.s*s.inv()
+    return Val(found[0], k, x.t-k*t)
+
 def total(
     w, # The walk
     xs:list, # `Val`s
@@ -460,7 +469,7 @@ def total(
     "The sum of `xs`."
     res,t = {},ZERO
     read = {x.core.key[1] for x in xs if x.core is not None and x.core.key[0] in ('conv','linear')} # what convolutions beside it read
-    for x in xs:
+    for x in (_by_one_of(w, read, x) for x in xs):
         t = t+x.t
         for c,s in parts(x, read).items(): res[c] = res[c]+s if c in res else s
     if len(res := merged(w, res, rank))<2: return Val(*next(iter(res.items()), (None,ZERO)), t)
@@ -534,8 +543,8 @@ def expr(self:Walk, v):
     if not isinstance(v, (torch.SymInt,torch.SymFloat,torch.SymBool)): return v
     if (e := v.node.expr) not in self.exprs:
         if not e.free_symbols<=self.names.keys(): raise Undecided("depends on numbers in the input")
-        named = e.xreplace(self.names)
-        self.exprs[e] = int(named) if named.is_Integer else named
+        r = bound_sympy(e, self.program.range_constraints)
+        self.exprs[e] = int(r.lower) if r.is_int and r.lower==r.upper else e.xreplace(self.names) # some are always one, as what strides leave of small images is
     return self.exprs[e]
 
 @patch

@@ -478,6 +478,25 @@ def test_numbers_that_rounding_hides():
     def make(w, k): return Fn(lambda m,x: x*m.w*k, w=nn.Parameter(torch.tensor(w)))
     for a,b in ((make(1., 1.), make(2e-38, 1e38)),(make(1., 1e-38), make(2e-38, 1.))): not_proved(a, b, torch.randn(3, 4))
 
+class Ghost(nn.Module):
+    "A block of RepGhost: beside a convolution that pads, a norm reads what another norm made."
+    def __init__(self):
+        super().__init__()
+        self.first,self.cheap,self.beside = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)),nn.Sequential(nn.Conv2d(4, 4, 3, 1, 1, groups=4), nn.BatchNorm2d(4)),nn.BatchNorm2d(4)
+    def forward(self, x):
+        x = self.first(x)
+        return self.cheap(x)+self.beside(x)
+
+def test_a_norm_beside_a_convolution_that_pads():
+    net,new,x = pair(Ghost, torch.randn(2, 3, 7, 6))
+    assert not [m for m in new.modules() if isinstance(m, nn.BatchNorm2d)]
+    proved(net, new, x)
+    for t in (new.cheap[0].weight[1,0,1,1],new.cheap[0].bias[1],new.first[0].bias[1],new.first[0].weight[1,0,0,0]):
+        with torch.no_grad():
+            t += .01
+            assert certify(net, new, x).verdict=='not the same'
+            t -= .01
+
 def test_merged_kernels_of_even_size():
     "They have no middle."
     same,wide = partial(nn.Conv1d, 4, 4, 2, padding='same', groups=4, bias=False),partial(nn.Conv2d, 3, 3, 2, dilation=2, padding=1, groups=3, bias=False)
@@ -769,6 +788,14 @@ def random_pair(seed, wrongly):
 class AloneOnly(nn.Sequential):
     "Another way for a batch than for a single input."
     def forward(self, x): return super().forward(x) if len(x.chunk(2))==1 else x
+
+def test_what_strides_leave_of_small_images_is_one():
+    "As deeper variants of xresnet have it: PyTorch gives the output of a norm one row then, and that of a convolution a formula."
+    def build(): return nn.Sequential(*(o for a,b in ((3,4),(4,4),(4,5)) for o in (nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU())))
+    net,new,x = pair(build, torch.randn(2, 3, 8, 8))
+    assert proved(net, new, x).ranges['height']=='from 2 to 8'
+    with torch.no_grad(): new[6].bias[0] += 1
+    assert certify(net, new, x).verdict=='not the same'
 
 def test_a_sample_of_one_is_covered():
     "It is exported as two only where these stand for any batch."

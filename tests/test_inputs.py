@@ -208,9 +208,9 @@ def streamed(self, x, caches):
         x = layer(F.pad(x, (2,0))) if cache is None else layer(x)+cache
     return x
 
-class Pool(enum.IntEnum): MEAN,FIRST,SUM,LAST = range(4)
+class Pool(enum.IntEnum): MEAN,FIRST,SECOND,SUM,LAST = range(5)
 def pooled(self, x, pool):
-    pools = [lambda y: y.mean((2,3)), lambda y: y[:,:,0,0], lambda y: y.sum((2,3)), lambda y: y[:,:,-1,-1]]
+    pools = [lambda y: y.mean((2,3)), lambda y: y[:,:,0,0], lambda y: y[:,:,0,1], lambda y: y.sum((2,3)), lambda y: y[:,:,-1,-1]]
     return self.head(pools[pool](self.norm(self.conv(x).relu())))
 
 def far(x): return x.shape[3]>20
@@ -496,7 +496,7 @@ def test_arguments_that_are_no_numbers_are_said(value, other):
 
 def test_integers_that_choose_are_said():
     "Code that compares them tells where it turns; an entry of a list does not."
-    def picks(s, x, way): return [s.norm,s.norm,torch.neg,s.norm][way](s.conv(x))
+    def picks(s, x, way): return [s.norm,s.norm,s.norm,torch.neg,s.norm][way](s.conv(x))
     said = 'Not covered: other values of `argument 2`, which no sample has.'
     assert said in covers(Fn(picks, conv=conv(), norm=nn.BatchNorm2d(4)), (image(2,3,8,8),0))
     def compares(s, x, way): return s.norm(s.conv(x)) if way<5 else s.norm(s.conv(-x))
