@@ -482,7 +482,8 @@ class Ghost(nn.Module):
     "A block of RepGhost: beside a convolution that pads, a norm reads what another norm made."
     def __init__(self):
         super().__init__()
-        self.first,self.cheap,self.beside = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)),nn.Sequential(nn.Conv2d(4, 4, 3, 1, 1, groups=4), nn.BatchNorm2d(4)),nn.BatchNorm2d(4)
+        self.first,self.beside = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)),nn.BatchNorm2d(4)
+        self.cheap = nn.Sequential(nn.Conv2d(4, 4, 3, 1, 1, groups=4), nn.BatchNorm2d(4))
     def forward(self, x):
         x = self.first(x)
         return self.cheap(x)+self.beside(x)
