@@ -12,9 +12,10 @@ STYLED := $(wildcard fasterfold nbs tests benchmarks docs)
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 13
 
+# By name, since a comma ends what `call` passes
 DEV := .[dev]
 ALL := .[dev,bench]
-# uv takes a tenth of pip's time; where it cannot install, as behind a proxy that only pip knows, pip does
+# uv takes half a minute where pip takes minutes; where it cannot install, as behind a proxy that only pip knows, pip does
 install = $(PIP) uv && $(BIN)/uv pip install --python $(BIN)/python -e '$(1)' || $(PIP) -e '$(1)'
 
 # Set up again only if the requirements may have changed

@@ -455,11 +455,12 @@ def parts(x, whole):
 
 def _by_one_of(w, cores, x):
     "`x` by one of the `cores` that has a map of the core of `x` in it, if there is one."
-    found = [c for c in map(w.table.byid.__getitem__, sorted(cores)) if x.core is not None and c.key==('map',x.core.id) and not c.nums[0].has(0).any()]
-    if not found or x.core.id in cores: return x
-    s,t = found[0].nums
+    if x.core is None or x.core.id in cores: return x
+    core = next((c for c in w.table.cores.get(('map',x.core.id), ()) if c.id in cores and not c.nums[0].has(0).any()), None)
+    if core is None: return x
+    s,t = core.nums
     k = x.s*s.inv()
-    return Val(found[0], k, x.t-k*t)
+    return Val(core, k, x.t-k*t)
 
 def total(
     w, # The walk

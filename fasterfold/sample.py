@@ -384,7 +384,7 @@ def neighbours(
     "Other values that an argument `v` may have."
     if isinstance(v, bool): return [not v]
     if isinstance(v, Enum): return [o for o in type(v) if o is not v][:8]
-    if isinstance(v, int): return [v+1,v-1,v+2] # of two lists, also entries that go together with no other of these
+    if isinstance(v, int): return [v+1,v-1,v+2] # of two lists that it chooses from, each brings other entries together
     return [2*v+1.5] if isinstance(v, float) else []
 
 @patch

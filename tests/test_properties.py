@@ -601,7 +601,8 @@ def inputs(model, sample, fewer=False):
 
 def check(model, sample):
     "All that must hold of one network."
-    tried,before = list(inputs(model, sample, fewer=True)),state(model)
+    tried,ways = zip(*((o, Net.way) for o in inputs(model, sample, fewer=True)))
+    before = state(model)
     refs = tried[0][1]
     folder = BN_Folder(verify=False)
     new = folder.fold(model, sample)
@@ -610,7 +611,6 @@ def check(model, sample):
     lost = norms_that_run(model, sample)-{*names_of(plan.folded),*names_of(plan.kept)}
     assert not lost, f"{lost} neither folded nor kept"
     assert not {*names_of(plan.folded)}&{*names_of(plan.kept)} and all(o.reason for o in plan.kept)
-    ways = [(run(model, o),Net.way)[1] for o,_ in tried]
     for (o,r),way in zip(tried, ways):
         if len(o.args)==len(sample) and o.calls==1 and way==ways[0]: agree(run(new, o), r, model, o) # one left out, another call or another way only a proof tries
     check_parts(model, new, sample, plan)
