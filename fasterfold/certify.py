@@ -1327,6 +1327,9 @@ def _compared(original, folded):
     if extra := [g for g in guards[1] if g not in guards[0]]:
         res.why = f"the folded program takes less than the original: it asks for {extra[0]}"
         return res,None
+    if res.ranges and not all(hasattr(p, '_guards_code') for p in (original,folded)):
+        res.why = "PyTorch before 2.9 does not tell what a program takes for granted of the sizes that are free"
+        return res,None
     for k,v in ranges.items(): res.ranges[k] = v if res.ranges.get(k, v)==v else f'{res.ranges[k]}, {v}'
     try:
         ends,demands = [],[]

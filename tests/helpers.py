@@ -1,12 +1,14 @@
 "What the tests of the engine share: hostile norm statistics, counting norms, distances to float64, and comparing states bit by bit."
 import random
-import numpy as np, torch
+import numpy as np, pytest, torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from fasterfold.proof import distance,run,to_double
 from fasterfold.sample import Sample,tensors_of
 from fasterfold.fold import BN_Folder
 from fasterfold.state import copy_model
+
+tells_conditions = pytest.mark.skipif(tuple(map(int, torch.__version__.split('.')[:2]))<(2,9), reason='PyTorch before 2.9 does not tell what a program takes for granted')
 
 def randomize_norms(
     model:nn.Module, # Changed in place

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest, torch
 from torch import nn
 from fasterfold.fold import BN_Folder
+from helpers import tells_conditions
 
 root = Path(__file__).parents[1]
 sys.path.insert(0, str(root/'benchmarks'))
@@ -38,6 +39,7 @@ def test_planning(tmp_path):
     assert f"| 8 | 8 | {res['proofs'][-1]['proofs']} |" in page and '(planning.svg)' in page
     assert all(k in out.with_suffix('.svg').read_text() for k in ('<svg','#888888'))
 
+@tells_conditions
 def test_certify(tmp_path):
     out = tmp_path/'certify.json'
     for name in ('tabular_default','tabular_no_bn'): certify.main.__wrapped__(only=name, out=out)

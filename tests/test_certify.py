@@ -29,7 +29,7 @@ from test_properties import inputs, network, rounding
 
 how_long = int(os.environ.get('CERTIFY') or 0)
 long = how_long>0
-pytestmark = [pytest.mark.filterwarnings('ignore'),*[pytest.mark.timeout(0)]*long]
+pytestmark = [pytest.mark.filterwarnings('ignore'),tells_conditions,*[pytest.mark.timeout(0)]*long]
 
 def program(model, *xs, free=True): return room._exported(model, Sample(xs), lambda i,d: free)
 
@@ -626,6 +626,14 @@ def test_a_remainder_is_a_condition():
     f = lambda m,x: x*3 if x.shape[1]%3==1 else x*2 # chkstyle: ignore
     not_proved(*by_hand(lambda m,x: x*2, f), torch.randn(3, 6))
     assert any('% 3' in g for g in proved(*by_hand(f, lambda m,x: x*2), torch.randn(3, 6)).guards)
+
+def test_conditions_that_pytorch_does_not_tell():
+    "Before 2.9, a program did not say that it is about even sizes alone: nothing is decided then, unless no size is free."
+    f = lambda m,x: x*3 if x.shape[1]%3==1 else x*2 # chkstyle: ignore
+    for free,verdict in ((True,'not decided'),(False,'proved')):
+        ps = [program(Fn(g), torch.randn(3, 6), free=free) for g in (lambda m,x: x*2,f)]
+        for p in ps: del p._guards_code
+        assert certify(*ps).verdict==verdict
 
 def test_channels_of_any_number():
     "A deformable convolution says how many it takes by its kernel alone."
