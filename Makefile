@@ -74,6 +74,7 @@ results: $(PEERS) ## Measure all figures anew, on a machine that does nothing el
 	$(MAKE) bench
 	$(BIN)/python benchmarks/certify.py --minutes 600
 	$(BIN)/python benchmarks/random_networks.py --minutes 600
+	$(BIN)/python benchmarks/random_folds.py --minutes 600
 	$(BIN)/python benchmarks/onnx_norms.py --minutes 600
 	$(BIN)/python docs/results.py
 	$(MAKE) readme

@@ -1,4 +1,4 @@
-"""The page of results, drawn from what the benchmarks wrote to docs/results: `zoo.json`, `latency-*.json`, `fold.json`, `planning.json`, `certify.json`, `onnx.json` and `validation.json`.
+"""The page of results, drawn from what the benchmarks wrote to docs/results: `zoo.json`, `latency-*.json`, `fold.json`, `planning.json`, `certify.json`, `random_folds.json`, `onnx.json` and `validation.json`.
 
 Run as a script, it writes the same numbers as CSV beside them."""
 import html, json, statistics, sys
@@ -279,6 +279,16 @@ def dozen(d:dict|None)->str:
         f"({', '.join(f'{called[e]} {n:.0%}' for e,n in noise.items() if n>.005)}); –: no such weights; *fails*: could not be exported, folded or not. {described(d['environment'])}.")
     return f"{table(head, rows, set(range(1, len(head))))}\n\n{said}"
 
+def random_part(d:dict|None)->str:
+    "How many networks that nobody wrote are right when they are folded."
+    if not d: return 'No random networks have been folded yet: `python benchmarks/random_folds.py` does it.'
+    o, = d['folds']
+    said = (f"{o['tried']:,} random networks were folded with the proof and without: layers, functions, views, writes in place, pads and sums that depend on the size, Python numbers and routes by an argument, put together at random, "
+        f"with {o['folded']+o['kept']:,} norms, of which {o['folded']:,} fold. Each ran on its sample and on other values, another batch, other sizes and other arguments, and was compared with the original in float64.")
+    said += f" {len(d['wrong'])} computed something else"+f", and {o['over']} took too much time or memory to be judged."*bool(o['over'])+'.'*(not o['over'])
+    wrong = [table(['seed','why'], [[r['seed'],r['why']] for r in d['wrong']], {0})] if d['wrong'] else []
+    return '\n\n'.join([said+f" {described(d['environment'])}; digest of the code {o['code']}. "+again('random_folds.py'), *wrong])
+
 proofs = """| | for which inputs | by what |
 | --- | --- | --- |
 | every fold | the sample, and inputs of another batch, size, type and value as far as the model takes them; the report lists them | both models run, and the distance is judged against the original's own rounding |
@@ -290,7 +300,7 @@ def to_csv(
     folder:Path, # With the JSON of the benchmarks; one CSV is written beside each
 ):
     "The numbers as tables, a row for each measurement."
-    parts = dict(fold='speed', planning='planning', certify='certificates', validation='validation', onnx='files')
+    parts = dict(fold='speed', planning='planning', certify='certificates', validation='validation', onnx='files', random_folds='folds')
     for f in sorted(folder.glob('*.json')):
         d = load(f)
         rows = d['latency'] if f.stem.startswith('latency') else d['models'] if f.stem=='zoo' else d[parts[f.stem]]
@@ -304,7 +314,7 @@ def page(
     timed = '\n\n'.join(map(latency_part, sorted(folder.glob('latency-*.json'))))
     says = 'Times are medians, measured in turns; the column of the original is the time of one call, the others are its multiples: less than 1 is faster. "no norms" is the same network built without any.'
     parts = ['# Results', '> What folding is worth, measured on public models, side by side with other tools.', '## How many norms go', zoo_part(load(folder/'zoo.json')), '### In ONNX files', onnx_part(load(folder/'onnx.json')),
-        '## What is proved, and what is tested', proofs, '## How much faster', '### Models that people use', dozen(load(folder/'latency-cpu.json')), *([says,timed] if timed else ['No latency has been measured yet: `make bench` does it.']), '## What folding costs', fold_part(load(folder/'fold.json')),
+        '## What is proved, and what is tested', proofs, random_part(load(folder/'random_folds.json')), '## How much faster', '### Models that people use', dozen(load(folder/'latency-cpu.json')), *([says,timed] if timed else ['No latency has been measured yet: `make bench` does it.']), '## What folding costs', fold_part(load(folder/'fold.json')),
         '### How planning grows', planning_part(load(folder/'planning.json')),
         '## What is certified', certify_part(load(folder/'certify.json')),
         '## What folded validation saves', validation_part(load(folder/'validation.json'))]

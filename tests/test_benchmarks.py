@@ -8,7 +8,7 @@ from helpers import tells_conditions
 
 root = Path(__file__).parents[1]
 sys.path.insert(0, str(root/'benchmarks'))
-import certify, latency, peers, planning, random_networks, validation, zoo
+import certify, latency, peers, planning, random_folds, random_networks, validation, zoo
 from common import chain, slope
 
 def measured(script, out, *args):
@@ -190,6 +190,19 @@ def test_peers_fold(name, module):
     try: res = zoo.measure(model, x, torch.float64, tool.fold, ref)
     finally: torch.set_default_dtype(before)
     assert norms==1 and res['norms']==0 and res['error']<1e-14
+
+def test_random_folds(tmp_path, monkeypatch):
+    out = tmp_path/'folds.json'
+    for n in (2,3): random_folds.main.__wrapped__(most=n, jobs=1, out=out) # the second goes on from the first
+    res = json.loads(out.read_text())
+    assert res['folds'][0]['tried']==3 and res['folds'][0]['code']==random_folds.code() and not res['wrong']
+    assert '| random networks, folded | 3 |' in out.with_suffix('.md').read_text()
+    monkeypatch.setattr(random_folds, 'code', lambda: 'other')
+    random_folds.main.__wrapped__(most=1, jobs=1, out=out)
+    assert json.loads(out.read_text())['folds'][0]['tried']==1, "figures about other code were added to"
+    def off(net, sample): assert not sample, 'off'
+    monkeypatch.setattr('test_properties.check', off)
+    assert random_folds.judge(7)['why'].startswith('AssertionError: off')
 
 def test_figures_as_csv(tmp_path):
     "The CSV in docs/results have the numbers of the JSON beside them."

@@ -308,8 +308,9 @@ def test_results_page(tmp_path):
     save('fold.json', speed=[dict(model='net', input=[8,3,9,9], norms=3, seconds=dict(fasterfold=dict(median=.1)), ratio=[.8,.9,1])], memory=[])
     again = dict(batches=10, seconds={'with':dict(median=1.), 'without':dict(median=2.)}, ratio=[.4,.5,.6], again=dict(median=.05))
     save('validation.json', validation=[again])
+    save('random_folds.json', folds=[dict(code='abc', tried=1200, folded=700, kept=500, over=0)], wrong=[dict(seed=7, why='off')])
     text = results.page(tmp_path)
-    for said in ('Folding first helps: net (1).','| 10 | 2 s | 1 s | 0.50× | 50 ms |','a processor, 2 threads','| net | 1 | 2 ms | 0.50× | fails |','| net | 8 | 3 | 100 ms | 0.90 |','0.90 with a batch of 8'): assert said in text
+    for said in ('1,200 random networks','1,200 norms, of which 700 fold','| 7 | off |','Folding first helps: net (1).','| 10 | 2 s | 1 s | 0.50× | 50 ms |','a processor, 2 threads','| net | 1 | 2 ms | 0.50× | fails |','| net | 8 | 3 | 100 ms | 0.90 |','0.90 with a batch of 8'): assert said in text
     assert text.count('<polyline')==2*2+2
 
 def test_long_description():
