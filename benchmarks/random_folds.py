@@ -24,10 +24,6 @@ def code() -> str:
     files = [*sorted(Path(fasterfold.__file__).parent.rglob('*.py')),tests/'test_properties.py']
     return hashlib.sha256(b''.join(o.read_bytes() for o in files)).hexdigest()[:12]
 
-def _ready():
-    warnings.simplefilter('ignore')
-    import test_properties # once for each process
-
 def _late(*args): raise TimeoutError
 
 def judge(
@@ -67,7 +63,7 @@ def main(
     if old and old['folds'][0]['code']==o['code']: o,wrong = old['folds'][0],old['wrong']
     res = dict(environment=environment(['torch','torchvision','fastai','fasterfold']), folds=[o], wrong=wrong)
     end = time.time()+60*minutes
-    with Pool(jobs, _ready, maxtasksperchild=500) as pool:
+    with Pool(jobs, warnings.simplefilter, ('ignore',), maxtasksperchild=500) as pool:
         for row in (bar := tqdm(pool.imap(judge, range(o['tried'], most)), initial=o['tried'], total=most)):
             o['tried'] += 1
             for k in 'folded','kept': o[k] += row.get(k, 0)
