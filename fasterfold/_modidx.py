@@ -175,6 +175,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fasterfold.certify._group_norm': ('certify.html#_group_norm', 'fasterfold/certify.py'),
                                     'fasterfold.certify._grown': ('certify.html#_grown', 'fasterfold/certify.py'),
                                     'fasterfold.certify._hash': ('certify.html#_hash', 'fasterfold/certify.py'),
+                                    'fasterfold.certify._in_rows': ('certify.html#_in_rows', 'fasterfold/certify.py'),
                                     'fasterfold.certify._ints': ('certify.html#_ints', 'fasterfold/certify.py'),
                                     'fasterfold.certify._is_real': ('certify.html#_is_real', 'fasterfold/certify.py'),
                                     'fasterfold.certify._is_zero': ('certify.html#_is_zero', 'fasterfold/certify.py'),

@@ -426,6 +426,7 @@ def _product(t, W):
 
 def linear(w, x, W, b):
     "`x`·Wᵀ + `b`, of a `Val`, `Rows` and a `Ball`. What is the same for all that is summed passes."
+    if x.core is None: return Val(None, ZERO, b+_product(x.t, W))
     passes = not x.s.shape or x.s.shape[-1]==1
     if not passes and not only(x.s, [-1], x.rank): x = w.table.read(x)
     K = _times(W, ONE if passes else channels(x.s, W.shape[-1]), 1)
@@ -436,7 +437,7 @@ def linear(w, x, W, b):
 def _linear(w, a, n):
     "(s·u + t)Wᵀ + b = u(W·s)ᵀ + (tWᵀ + b)"
     W,b = rows(a.weight),_constant(a.bias, ZERO)
-    if W is None or b is None or not _is_real(n) or a.first.core is None or len(W.shape)!=2: return same_function(w, a, n)
+    if W is None or b is None or not _is_real(n) or len(W.shape)!=2: return same_function(w, a, n)
     return linear(w, a.first, W, b)
 
 # %% ../nbs/14_certify.ipynb #ce270031
@@ -452,6 +453,8 @@ def parts(x, whole):
     "The cores that `x` is a sum of, and the factor of each; one of `whole` is not taken apart."
     if x.core is None: return {}
     return {x.core:x.s} if x.core.parts is None or x.core.id in whole else {c:s*x.s for c,s in x.core.parts.items()}
+
+def _in_rows(c): return c.key[0] in ('conv','linear') and len(c.nums)==1 # not where the weight is computed, too
 
 def _by_one_of(w, cores, x):
     "`x` by one of the `cores` that has a map of the core of `x` in it, if there is one."
@@ -469,7 +472,7 @@ def total(
 ): # `Val`
     "The sum of `xs`."
     res,t = {},ZERO
-    read = {x.core.key[1] for x in xs if x.core is not None and x.core.key[0] in ('conv','linear')} # what convolutions beside it read
+    read = {x.core.key[1] for x in xs if x.core is not None and _in_rows(x.core)} # what convolutions beside it read
     for x in (_by_one_of(w, read, x) for x in xs):
         t = t+x.t
         for c,s in parts(x, read).items(): res[c] = res[c]+s if c in res else s
@@ -1055,7 +1058,7 @@ def _matmul(w, a, n):
     added = w.name(n)=='addmm'
     x,y = (a.mat1,a.mat2) if added else [*a.values()][:2]
     W,b = number(y),number(a.get('self')) if added else ZERO
-    if added and (a.alpha,a.beta)!=(1,1) or W is None or b is None or not _is_real(n) or x.core is None or W.m.dim()!=2: return same_function(w, a, n)
+    if added and (a.alpha,a.beta)!=(1,1) or W is None or b is None or not _is_real(n) or W.m.dim()!=2: return same_function(w, a, n)
     return linear(w, x, held(W.map(lambda o: o.T)), b)
 
 @law('embedding')
@@ -1131,7 +1134,7 @@ def _merging(w, core, res):
 
 def merged(w, res, rank):
     "The sum `res` of cores, in which those that are linear in one core are one."
-    for core in sorted((c for c in res if c.key[0] in ('conv','linear')), key=lambda c: (-c.nums[0].shape.numel(),c.id)):
+    for core in sorted(filter(_in_rows, res), key=lambda c: (-c.nums[0].shape.numel(),c.id)):
         nd = len(core.key[2]) if core.key[0]=='conv' else 0
         d,n = rank-nd-1,len(core.nums[0])
         found = {c:k for c,k in _merging(w, core, res).items() if only(res[c], [d], rank)}

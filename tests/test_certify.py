@@ -508,6 +508,17 @@ def test_merged_kernels_of_even_size():
         with torch.no_grad(): b.weight += 1
         not_proved(Fn(lambda m,x: m.c(x)+x, c=a), Fn(lambda m,x: m.c(x), c=b), x)
 
+def test_linear_layers_of_what_is_computed_or_stored():
+    "Sums of those whose weight is computed, and those of as many zeros as there are inputs."
+    def sums(m, x): return F.linear(x, x.mean(0, keepdim=True))+F.linear(x, x.amax(0, keepdim=True))*m.a
+    def queries(f): return lambda m,x: f(torch.zeros(len(x), 4, dtype=x.dtype)+m.q, m.w, m.b)*m.a+F.linear(x, m.w, m.b)
+    def times(f, k): return lambda m,x: queries(f)(m, x)*k/2
+    held = dict(a=image(1), w=image(3, 4), b=image(3), q=image(4))
+    proved(*by_hand(sums, lambda m,x: sums(m, x)*2/2, **held), image(5, 4))
+    for f in (F.linear,lambda q,w,b: q@w.mT+b,lambda q,w,b: torch.addmm(b, q, w.mT)):
+        proved(*by_hand(queries(f), times(f, 2), **held), image(5, 4))
+        not_proved(*by_hand(queries(f), times(f, 2.01), **held), image(5, 4))
+
 def test_sums_along_another_dimension():
     "Of the same size, with the same factors."
     a,b = (nn.Parameter(image(4)) for _ in range(2))
