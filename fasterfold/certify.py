@@ -472,7 +472,7 @@ def total(
 ): # `Val`
     "The sum of `xs`."
     res,t = {},ZERO
-    read = {x.core.key[1] for x in xs if x.core is not None and _in_rows(x.core)} # what convolutions beside it read
+    read = {c.key[1] for x in xs for c in parts(x, ()) if _in_rows(c)} # what convolutions beside it read
     for x in (_by_one_of(w, read, x) for x in xs):
         t = t+x.t
         for c,s in parts(x, read).items(): res[c] = res[c]+s if c in res else s

@@ -10,6 +10,7 @@ from fastai.layers import ConvLayer
 from fastai.tabular.model import TabularModel
 from fastai.vision.learner import Learner, create_vision_model, load_learner
 from fastai.vision.models.unet import DynamicUnet
+from timm.models.fastvit import RepMixerBlock
 from torch import nn
 from torch.export import export
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -254,7 +255,9 @@ class Blocks(nn.Module):
 
 BIG = dict(mobilenet=lambda: torchvision.models.mobilenet_v2(weights=None), densenet=lambda: torchvision.models.densenet121(weights=None),
     resnet50=lambda: torchvision.models.resnet50(weights=None), vision=lambda: create_vision_model(torchvision.models.resnet18, 10, pretrained=False))
-MODELS = dict(blocks=Blocks, resnet18=lambda: torchvision.models.resnet18(weights=None), **(BIG if long else {}))
+def mixers(): return nn.Sequential(nn.Conv2d(3, 8, 3), RepMixerBlock(8), RepMixerBlock(8), nn.Conv2d(8, 4, 1)) # whose sums are read by what is added to them
+
+MODELS = dict(blocks=Blocks, mixers=mixers, resnet18=lambda: torchvision.models.resnet18(weights=None), **(BIG if long else {}))
 @pytest.mark.parametrize('name', MODELS)
 def test_models(name):
     net,new,x = pair(MODELS[name], torch.randn(2, 3, 64, 64))
