@@ -9,11 +9,12 @@ __all__ = ['ONE', 'ZERO', 'LAWS', 'Ball', 'either', 'stored', 'Undecided', 'Matc
            'merged', 'Certificate', 'certify']
 
 # %% ../nbs/14_certify.ipynb #ce270004
-import hashlib, html, inspect, itertools, json, operator, re, sympy, sys, torch, torch.nn.functional as F
+import ast, hashlib, html, inspect, itertools, json, operator, re, sympy, sys, torch, torch.nn.functional as F
 from collections import Counter
 from contextlib import contextmanager
 from importlib import import_module
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from textwrap import shorten
 from timeit import default_timer
@@ -374,6 +375,8 @@ def linear_in(
     s = m.scale if m else K.each(lambda k: Ball(torch.where(k.has(0).all(1), 0., 1.)))
     return Val(core, along(s, d, rank) if s.shape else s, b)
 
+def _in_rows(c): return c.key[0] in ('conv','linear') and len(c.nums)==1 # not where the weight is computed, too
+
 # %% ../nbs/14_certify.ipynb #ce27002b
 def _ints(v, n=1):
     "Numbers for `n` dimensions, of which one may have been given for all."
@@ -453,8 +456,6 @@ def parts(x, whole):
     "The cores that `x` is a sum of, and the factor of each; one of `whole` is not taken apart."
     if x.core is None: return {}
     return {x.core:x.s} if x.core.parts is None or x.core.id in whole else {c:s*x.s for c,s in x.core.parts.items()}
-
-def _in_rows(c): return c.key[0] in ('conv','linear') and len(c.nums)==1 # not where the weight is computed, too
 
 def _by_one_of(w, cores, x):
     "`x` by one of the `cores` that has a map of the core of `x` in it, if there is one."
@@ -1188,9 +1189,62 @@ def _steps_of(p):
     return res.hexdigest()
 
 # %% ../nbs/14_certify.ipynb #ce270078
-_size = r"L\['\w+'\](\[\d+\])*\.size\(\)\[\d+\]"
+_size = r"L\['(\w+)'\]((?:\[\d+\])*)\.size\(\)\[(\d+)\]"
 
-def _fixed(g): return re.fullmatch(_size+r" (==|>=|<=) \d+", g) # which types and ranges tell
+def _in_names(g, inputs):
+    "The condition `g` with the names of those sizes that are free."
+    def one(m):
+        dims = inputs.get('_'.join([m[1],*re.findall(r'\d+', m[2])]), '').partition('[')[2][:-1].split(', ')
+        return dims[d] if (d := int(m[3]))<len(dims) and dims[d].isidentifier() else m[0]
+    return re.sub(r'\(\(-1\) \+ (\w+)\)', r'(\1 - 1)', re.sub(_size, one, g))
+
+def _fixed(g): return re.fullmatch(rf"({_size}|\w+) (==|>=|<=) \d+", g) # which types and ranges tell
+
+# %% ../nbs/14_certify.ipynb #ce270a02
+_steps = {getattr(ast, k):getattr(operator, k.lower()) for k in ('Add','Sub','Mod','Eq','Lt','Gt')} | {ast.Mult:operator.mul, ast.FloorDiv:operator.floordiv,
+    ast.NotEq:operator.ne, ast.LtE:operator.le, ast.GtE:operator.ge, ast.Or:operator.or_, ast.And:operator.and_, 'torch.sym_min':torch.minimum, 'torch.sym_max':torch.maximum}
+
+def _worked_out(n, sizes):
+    "The parsed expression `n` for `sizes`, tensors by name; raises KeyError if it is more than whole numbers and comparisons."
+    def of(*args): return [_worked_out(o, sizes) for o in args]
+    if isinstance(n, ast.Constant) and type(n.value) is int: return torch.tensor(n.value)
+    if isinstance(n, ast.Name): return sizes[n.id]
+    if isinstance(n, ast.UnaryOp) and isinstance(n.op, ast.USub): return -of(n.operand)[0]
+    if isinstance(n, ast.BinOp): return _steps[type(n.op)](*of(n.left, n.right))
+    if isinstance(n, ast.Compare) and len(n.ops)==1: return _steps[type(n.ops[0])](*of(n.left, *n.comparators))
+    if isinstance(n, ast.BoolOp): return reduce(_steps[type(n.op)], of(*n.values))
+    if isinstance(n, ast.Call): return _steps[ast.unparse(n.func)](*of(*n.args))
+    raise KeyError(type(n))
+
+# %% ../nbs/14_certify.ipynb #ce270a05
+_most = 1024 # sizes up to which conditions are worked out
+
+def _described(ns):
+    "The sizes `ns` in words, None if there is no short way to put it."
+    steps = {*ns.diff().tolist()}
+    if len(steps)!=1: return None
+    k,lo,hi = steps.pop(),int(ns[0]),int(ns[-1])
+    ends = '' if hi+k>_most else f' to {hi}'
+    if k==1: return f'from {lo}{ends}' if ends else f'≥ {lo}'
+    if lo==k: return f'multiples of {k}{ends}'
+    return f'multiples of {k} from {lo}{ends}' if lo%k==0 else f'{lo}, {lo+k}, {lo+2*k}, …{ends}'
+
+# %% ../nbs/14_certify.ipynb #ce270a06
+def _left(ranges, guards):
+    "What `ranges` and the conditions `guards` leave of each size, in words, and the conditions which that does not tell."
+    ns,rest = {},set()
+    for k,r in ranges.items():
+        ns[k] = torch.arange(1, _most+1)
+        for lo,hi in re.findall(r'(?:≥|from) (\d+)(?: to (\d+))?', r): ns[k] = ns[k][(ns[k]>=int(lo))&(ns[k]<=int(hi or _most))]
+    about = {g:[k for k in ranges if re.search(rf'\b{k}\b', g)] for g in guards}
+    for g,names in sorted(about.items(), key=lambda o: len(o[1])):
+        try: holds = _worked_out(ast.parse(g, mode='eval').body, {k:ns[k].reshape(-1, *[1]*i) for i,k in enumerate(names)}) if len(names)<3 else None
+        except (KeyError,RuntimeError,SyntaxError,TypeError,ValueError): holds = None
+        if holds is not None and len(names)==1: ns[names[0]] = ns[names[0]][holds.expand(len(ns[names[0]]))]
+        elif holds is None or not holds.all(): rest.add(g)
+    res = {k:_described(n) for k,n in ns.items()}
+    rest |= {g for g,names in about.items() if any(res[k] is None for k in names)}
+    return {k:v or ranges[k] for k,v in res.items()},[g for g in guards if g in rest]
 
 # %% ../nbs/14_certify.ipynb #ce27007a
 @dataclass
@@ -1200,7 +1254,7 @@ class Certificate:
     why:str='' # Where and why it is not proved
     inputs:dict=field(default_factory=dict) # Name to type and sizes, of which those that are free have names; or to the value that an argument must have
     ranges:dict=field(default_factory=dict) # Name of a free size to what it may be
-    guards:list=field(default_factory=list) # What `torch.export` has both check besides
+    guards:list=field(default_factory=list) # Conditions of sizes that `torch.export` has both check besides
     laws:dict=field(default_factory=dict) # Name of a law to how often it was used
     residue:float=0. # Largest difference of two numbers, in units of what rounding allows
     radius:float=0. # How far rounding may have moved the factors and shifts, at most
@@ -1226,8 +1280,11 @@ class Certificate:
         if self.proved: yield f"Proved: both compute the same for every input {shapes}."
         else: yield f"{self.verdict.capitalize()}: {self.why}."
         if not self.proved: return
-        if self.ranges: yield f"Sizes may be {', '.join(f'{k} {v}' for k,v in self.ranges.items())}."
-        if rest := [g for g in self.guards if not _fixed(g)]: yield f"They must fit: {', '.join(rest)}."
+        asked = [g for g in self.guards if not _fixed(g)]
+        sizes,rest = _left(self.ranges, asked)
+        tried = f" ({len(asked)} conditions, worked out for sizes up to {_most:,})" if asked else ''
+        if sizes: yield f"Sizes may be {', '.join(f'{k} {v}' for k,v in sizes.items())}{tried}."
+        if rest: yield f"They must fit: {', '.join(rest)}."
         yield f"{sum(self.laws.values())} operations by {len(self.laws)} laws; no number is off by more than {self.residue:.2f} of what rounding allows."
         yield f"On the way to the outputs that adds up to {self.drift:.1g} of their size, as far as no operation magnifies it."
 
@@ -1323,7 +1380,7 @@ def _compared(original, folded):
     res,table = Certificate('not decided'),Table()
     (res.inputs,res.ranges),(inputs,ranges) = _take(original),_take(folded)
     guards = [[g for g in getattr(p, '_guards_code', []) if not re.fullmatch(_size+' != 1', g)] for p in (original,folded)] # of one, tensors have another layout
-    res.guards = guards[0]
+    res.guards = [_in_names(g, res.inputs) for g in guards[0]]
     if [*res.inputs.values()]!=[*inputs.values()] or str(original.call_spec)!=str(folded.call_spec):
         res.why = f"they do not take and return the same: {', '.join(res.inputs.values())} and {', '.join(inputs.values())}"
         return res,None

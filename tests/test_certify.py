@@ -433,6 +433,22 @@ def test_conditions():
     res = proved(net, copy.deepcopy(net), Sample((torch.randn(2, 3, 20),), dict(route=0)))
     assert '≥ 10' in str(res) and any(v=='0' for v in res.inputs.values())
 
+def test_conditions_in_words():
+    "What all of them leave of a size; and they are worked out, not run, since they come from a file."
+    net = Fn(lambda m,x: m.c(x) if all(n%32==0 for n in x.shape[2:]) else m.c(x)*2, c=nn.Conv2d(3, 4, 3, padding=1))
+    res = proved(net, copy.deepcopy(net), torch.randn(2, 3, 32, 64))
+    assert 'batch ≥ 2, height multiples of 32, width multiples of 32 (2 conditions' in str(res) and 'must fit' not in str(res), res
+    assert [g for g in res.guards if '32' in g]==['(height % 32) == 0','(width % 32) == 0']
+    res = proved(*[made(lambda: torchvision.models.resnet18(weights=None))]*2, torch.randn(2, 3, 64, 64))
+    assert 'height ≥ 33, width ≥ 33 (15 conditions' in str(res), res
+    few = dict(height='≥ 2', width='from 2 to 90')
+    for gs,sizes,rest in (([],few,[]), (['height != width'],few,['height != width']), (['2*width >= height'],few,['2*width >= height']),
+        (['height*width >= 4'],few,[]), (['height == 4 or (height % 9) == 0','height > 4'],few|dict(height='multiples of 9'),[]), (['torch.sym_max(3, height) == height'],few|dict(height='≥ 3'),[]), (['width % 7 == 3'],few|dict(width='3, 10, 17, … to 87'),[]),
+        (['height % 3 != 1'],few,['height % 3 != 1']), (['width == 0'],few,['width == 0']), (["L['x'][0].size()[1] != height"],few,["L['x'][0].size()[1] != height"])):
+        assert room._left(few, gs)==(sizes,rest), gs
+    for g in ("__import__('os').abort() or height != 1","[height for _ in range(10**9)] != 1",'height**(10**9) != 1','1'+'+height'*9999+' != 1','height % 0 != 1','height ! 1',
+        f'height*{2**80} != 1',"height != 'x'",'1 < height < 9'): assert room._left(few, [g])[1]==[g], g
+
 def test_what_asks_for_numbers():
     res = certify(*[Fn(lambda m,x: x*2 if x.sum()>0 else x)]*2, torch.randn(2, 3))
     assert res.verdict=='not decided' and 'exported' in res.why
