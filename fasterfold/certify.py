@@ -1219,12 +1219,12 @@ def _worked_out(n, sizes):
 # %% ../nbs/14_certify.ipynb #ce270a05
 _most = 1024 # sizes up to which conditions are worked out
 
-def _described(ns):
-    "The sizes `ns` in words, None if there is no short way to put it."
+def _described(ns, end):
+    "The sizes `ns` in words, None if there is no short way to put it, or if there may be others up to `end`."
     steps = {*ns.diff().tolist()}
-    if len(steps)!=1: return None
+    if len(steps)!=1 or _most<end<float('inf'): return None
     k,lo,hi = steps.pop(),int(ns[0]),int(ns[-1])
-    ends = '' if hi+k>_most else f' to {hi}'
+    ends = '' if hi+k>_most and end>_most else f' to {hi}'
     if k==1: return f'from {lo}{ends}' if ends else f'≥ {lo}'
     if lo==k: return f'multiples of {k}{ends}'
     return f'multiples of {k} from {lo}{ends}' if lo%k==0 else f'{lo}, {lo+k}, {lo+2*k}, …{ends}'
@@ -1232,17 +1232,19 @@ def _described(ns):
 # %% ../nbs/14_certify.ipynb #ce270a06
 def _left(ranges, guards):
     "What `ranges` and the conditions `guards` leave of each size, in words, and the conditions which that does not tell."
-    ns,rest = {},set()
+    ns,ends,rest = {},{},set()
     for k,r in ranges.items():
-        ns[k] = torch.arange(1, _most+1)
-        for lo,hi in re.findall(r'(?:≥|from) (\d+)(?: to (\d+))?', r): ns[k] = ns[k][(ns[k]>=int(lo))&(ns[k]<=int(hi or _most))]
+        lows,highs = zip(*((int(a),float(b or 'inf')) for a,b in re.findall(r'(?:≥|from) (\d+)(?: to (\d+))?', r) or [(0,'')]))
+        lo,ends[k] = max(lows),min(highs)
+        ns[k] = torch.arange(lo, max(lo, int(min(ends[k], _most))+1))
     about = {g:[k for k in ranges if re.search(rf'\b{k}\b', g)] for g in guards}
     for g,names in sorted(about.items(), key=lambda o: len(o[1])):
         try: holds = _worked_out(ast.parse(g, mode='eval').body, {k:ns[k].reshape(-1, *[1]*i) for i,k in enumerate(names)}) if len(names)<3 else None
         except (KeyError,RuntimeError,SyntaxError,TypeError,ValueError): holds = None
         if holds is not None and len(names)==1: ns[names[0]] = ns[names[0]][holds.expand(len(ns[names[0]]))]
-        elif holds is None or not holds.all(): rest.add(g)
-    res = {k:_described(n) for k,n in ns.items()}
+        elif holds is None or not (holds.numel() and holds.all()): rest.add(g)
+    asked = {names[0] for names in about.values() if len(names)==1}
+    res = {k:_described(n, ends[k]) if k in asked else ranges[k] for k,n in ns.items()}
     rest |= {g for g,names in about.items() if any(res[k] is None for k in names)}
     return {k:v or ranges[k] for k,v in res.items()},[g for g in guards if g in rest]
 

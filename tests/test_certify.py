@@ -446,6 +446,10 @@ def test_conditions_in_words():
         (['height*width >= 4'],few,[]), (['height == 4 or (height % 9) == 0','height > 4'],few|dict(height='multiples of 9'),[]), (['torch.sym_max(3, height) == height'],few|dict(height='≥ 3'),[]), (['width % 7 == 3'],few|dict(width='3, 10, 17, … to 87'),[]),
         (['height % 3 != 1'],few,['height % 3 != 1']), (['width == 0'],few,['width == 0']), (["L['x'][0].size()[1] != height"],few,["L['x'][0].size()[1] != height"])):
         assert room._left(few, gs)==(sizes,rest), gs
+    for r,gs,told in (('≥ 0',[],'≥ 0'), ('≥ 0',['height != 0'],'≥ 1'), ('from 2 to 8, ≥ 3',[],'from 2 to 8, ≥ 3'), ('from 2 to 8, ≥ 3',['height != 3'],'from 4 to 8'),
+        ('from 2 to 1024',['height != 2'],'from 3 to 1024'), ('from 2 to 5000',['height != 2'],None), ('of any number',[],'of any number'), ('≥ 2000',['height != 2000'],None)):
+        assert room._left(dict(height=r), gs)==(dict(height=told or r),[] if told else gs), r
+    assert room._left(dict(height='≥ 2000', width='≥ 2'), gs := ['height*width != 6'])[1]==gs
     for g in ("__import__('os').abort() or height != 1","[height for _ in range(10**9)] != 1",'height**(10**9) != 1','1'+'+height'*9999+' != 1','height % 0 != 1','height ! 1',
         f'height*{2**80} != 1',"height != 'x'",'1 < height < 9'): assert room._left(few, [g])[1]==[g], g
 
