@@ -9,7 +9,7 @@ __all__ = ['ONE', 'ZERO', 'LAWS', 'Ball', 'either', 'stored', 'Undecided', 'Matc
            'merged', 'Certificate', 'certify']
 
 # %% ../nbs/14_certify.ipynb #ce270004
-import ast, hashlib, html, inspect, itertools, json, operator, re, sympy, sys, torch, torch.nn.functional as F
+import ast, copy, hashlib, html, inspect, itertools, json, operator, re, sympy, sys, torch, torch.nn.functional as F
 from collections import Counter
 from contextlib import contextmanager
 from importlib import import_module
@@ -20,7 +20,7 @@ from textwrap import shorten
 from timeit import default_timer
 from torch import nn, Tensor
 from torch.export import Dim, ExportedProgram
-from torch.fx import Interpreter, Node
+from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils._sympy.value_ranges import bound_sympy
 from fastcore.basics import patch
@@ -1177,10 +1177,40 @@ def _hash(model):
         res.update(t.reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b'')
     return res.hexdigest()
 
+# %% ../nbs/14_certify.ipynb #aac8e621
+def _inside(n):
+    "The graph that the node `n` runs and what that is given, if it only switches gradients, or autocast off."
+    if not isinstance(n.target, torch._ops.HigherOrderOperator) or n.kwargs or any(u.target is not operator.getitem for u in n.users): return None
+    if (name := n.target.name())=='wrap_with_set_grad_enabled': return n.args[1:]
+    return n.args[4:] if name=='wrap_with_autocast' and n.args[2] is False else None
+
+def _spliced(m):
+    "The graph of the module `m`, with the steps of such graphs in place of the nodes that run them."
+    res = copy.deepcopy(m.graph)
+    for n in [*res.nodes]:
+        if (o := _inside(n)) is None: continue
+        f,*given = o
+        inner = _spliced(m.get_submodule(f.target))
+        if inner.find_nodes(op='get_attr'): continue
+        with res.inserting_before(n): outs = res.graph_copy(inner, dict(zip(inner.find_nodes(op='placeholder'), given)))
+        for u in [*n.users]:
+            u.replace_all_uses_with(outs[u.args[1]])
+            res.erase_node(u)
+        res.erase_node(n)
+        if not f.users: res.erase_node(f)
+    return res
+
+def _flat(p):
+    "The program `p`, with the steps of such graphs as its own."
+    if not any(map(_inside, p.graph.nodes)): return p
+    res = copy.copy(p)
+    res._graph_module = GraphModule(p.graph_module, _spliced(p.graph_module))
+    return res
+
 # %% ../nbs/14_certify.ipynb #5a1cf041
 def _steps_of(p):
     "A fingerprint of what the program `p` does, and of its constants."
-    res = hashlib.sha256()
+    p,res = _flat(p),hashlib.sha256()
     sig = p.graph_signature
     for s in (*sig.input_specs,*sig.output_specs): res.update(f"{s.kind} {getattr(s.arg, 'name', s.arg)} {s.target}\n".encode())
     res.update(f"{_take(p)} {p.call_spec} {getattr(p, '_guards_code', '')}".encode())
@@ -1524,6 +1554,7 @@ def certify(
     except Undecided as e: res.why,programs = str(e),None
     exported = default_timer()
     if programs:
+        programs = [*map(_flat, programs)]
         try: res,miss = interruptible(_compared, *programs)
         except Undecided as e: res.why = str(e)
     res.seconds = dict(export=exported-start, proof=default_timer()-exported)

@@ -737,6 +737,36 @@ def test_writes():
         forward = counted
     not_proved(Counts(), Counts(), x)
 
+class Contexts(nn.Module):
+    "Lines that run without gradients, in which others are left alone by autocast, and one that writes."
+    def __init__(self, to=1., autocast=False):
+        super().__init__()
+        self.c,self.n,self.to,self.autocast = nn.Conv2d(3, 4, 3),nn.BatchNorm2d(4),to,autocast
+    def forward(self, x):
+        x = self.n(self.c(x))
+        with torch.no_grad():
+            x.add_(self.to)
+            with torch.autocast('cpu', enabled=self.autocast): y = (x.float()*2).mean((2,3), keepdim=True)
+            z = self.c.weight.sum()
+        with torch.enable_grad(): return x.relu()*y+z
+
+def test_graphs_inside_a_graph(tmp_path):
+    "A context that changes no number has no law, and hides nothing."
+    a,b,x = pair(Contexts, torch.randn(2, 3, 9, 9))
+    other = copy.deepcopy(b)
+    other.to = 1.001
+    p,q,wrong = (export(m, (x,)) for m in (a,b,other))
+    torch.export.save(q, tmp_path/'q.pt2')
+    stored = torch.export.load(tmp_path/'q.pt2')
+    assert any('wrap_with_autocast' in str(n.target) for m in q.graph_module.children() for n in m.graph.nodes)
+    before = str(q.graph)
+    file = proved(p, q).save(tmp_path/'c.json')
+    assert [certify(p, o).verdict for o in (stored,wrong)]==['proved','not the same']
+    assert [Certificate.check(file, o) for o in (q,stored,wrong)]==[True,True,False]
+    assert str(q.graph)==before and proved(a, b, x).ranges
+    cast = certify(*[Contexts(autocast=True).eval()]*2, x)
+    assert cast.verdict=='not decided' and 'wrap_with_autocast' in cast.why
+
 def test_smaller_sizes_that_are_repeated():
     "A sum over what is the same for a dimension is not the sum of one."
     c = nn.Parameter(torch.zeros(1, 5))
