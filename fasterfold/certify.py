@@ -71,15 +71,17 @@ def either(yes, a, b):
 def stored(
     t:Tensor, # A weight
     rounded:bool, # Is it the rounding of an exact number?
+    exact:Tensor=None, # The same in float64, if it is computed, and float64 would have rounded less on the way
 )->Ball: # What is known of that
-    "The numbers in `t`; Raises `Undecided` if they are no real ones."
+    "The numbers in `t`; raises `Undecided` if they are no real ones."
     m = t.detach().cpu().double() if not t.is_complex() else torch.tensor(float('nan'))
     if not m.sum().isfinite(): raise Undecided("holds numbers that are not real or not finite")
     if not t.is_floating_point() and (m.abs()>=2**49).any(): raise Undecided("holds integers that float64 may not tell apart")
-    if not rounded or not t.is_floating_point(): return Ball(m)
+    off = 0. if exact is None else (m-exact).abs()
+    if not rounded or not t.is_floating_point(): return Ball(m, off)
     info = torch.finfo(t.dtype)
     least = info.smallest_normal if t.dtype is not torch.float16 else info.eps*info.smallest_normal # a fold writes no subnormals
-    return Ball(m, m.abs().mul_(info.eps/2+_ulp).add_(least))
+    return Ball(m, m.abs().mul_(info.eps/2+_ulp).add_(least).add_(off))
 
 class Undecided(Exception): "Where a certificate ends, and why."
 
@@ -187,9 +189,11 @@ class Val:
         rounded=False, # Are those rounded?
         shape=(), # Sizes, some of them expressions
         dtype=None, # Of the value
-    ): self.core,self.s,self._t,self.raw,self.rounded,self.shape,self.dtype = core,s,t,raw,rounded,shape,dtype
+        exact=None, # What `raw` would be if float64 had computed it, None if it is not computed
+    ): self.core,self.s,self._t,self.raw,self.rounded,self.shape,self.dtype,self.exact = core,s,t,raw,rounded,shape,dtype,exact
+    def stored(self, i=...): return stored(self.raw[i], self.rounded, None if self.exact is None else self.exact[i])
     @property
-    def t(self): return self._t if self.raw is None else stored(self.raw, self.rounded)
+    def t(self): return self._t if self.raw is None else self.stored()
     @property
     def rank(self): return len(self.shape)
     def like(self, core, s=ONE, t=ZERO): return Val(core, s, t, shape=self.shape, dtype=self.dtype)
@@ -204,7 +208,7 @@ def rows(
 )->Rows: # None if it is computed from an input
     "The numbers that a constant is, a row for each channel."
     if x.core is not None: return None
-    return Rows(x.raw.shape, lambda i: stored(x.raw[i], x.rounded)) if x.raw is not None else held(x.t)
+    return Rows(x.raw.shape, x.stored) if x.raw is not None else held(x.t)
 
 def number(
     x, # A `Val` or a number
@@ -572,7 +576,7 @@ def shaped(self:Walk, v, meta):
     if v.core and v.core.shape is None: v.core.shape = shape
     core = self.table.find(('expand',shape,v.core.id))[0] if v.core and v.core.shape!=shape else v.core # what was added or multiplied was larger
     if core: core.shape = shape
-    return Val(core, v.s, v._t, v.raw, v.rounded, shape, meta.dtype)
+    return Val(core, v.s, v._t, v.raw, v.rounded, shape, meta.dtype, v.exact)
 
 @patch
 def inputs(self:Walk):
@@ -613,6 +617,18 @@ def arguments(self:Walk, n):
         res[p.name] = torch.fx.node.map_aggregate(v, one)
     return res
 
+# %% ../nbs/14_certify.ipynb #14195ac4
+# Continuous operations, by which float32 and float64 differ by rounding alone, and those that copy such numbers
+_smooth = set('add sub rsub mul div neg reciprocal sqrt rsqrt pow exp sigmoid tanh softplus abs clamp clamp_min maximum minimum'.split())
+_copies = set('view reshape _unsafe_view unsqueeze squeeze permute transpose t expand select slice clone detach alias contiguous'.split())
+
+@patch
+def rounds(self:Walk, n, a, vals):
+    "Does `n`, which gets the constants `vals`, round, or copy what was rounded?"
+    v,name = n.meta['val'],self.name(n)
+    if n.target._schema.is_mutable or a.rounding_mode or a.dtype or not isinstance(v, Tensor) or not v.is_floating_point() or v.dtype.itemsize>4: return False
+    return name in _smooth or name in _copies and any(o.exact is not None for o in vals)
+
 # %% ../nbs/14_certify.ipynb #ce270040
 @patch
 def computed(self:Walk, n, a):
@@ -623,11 +639,14 @@ def computed(self:Walk, n, a):
     writes = (a.training or a.use_input_stats) and a.running_mean is not None
     if torch.Tag.nondeterministic_seeded in n.target.tags or a.train or writes: return None # its law says what is to be said
     def raw(v): return v.raw.detach().cpu().clone() if isinstance(v, Val) else torch.device('cpu') if isinstance(v, torch.device) else v
-    raws = {k: tree_map(raw, v) for k,v in a.items()}
-    try:
-        with torch.no_grad(): out = n.target(**raws)
+    def exact(v):
+        if (o := getattr(v, 'exact', None)) is not None: return o
+        return o.double() if isinstance(o := raw(v), Tensor) and o.is_floating_point() else o
+    def run(get):
+        with torch.no_grad(): return n.target(**{k: tree_map(get, v) for k,v in a.items()})
+    try: out,precise = run(raw),run(exact) if self.rounds(n, a, vals) else None
     except Exception as e: raise Undecided("cannot be computed from its constants") from e
-    return tree_map(lambda o: Val(None, ZERO, raw=o, rounded=any(v.rounded for v in vals)) if isinstance(o, Tensor) else o, out)
+    return tree_map(lambda o: Val(None, ZERO, raw=o, rounded=any(v.rounded for v in vals), exact=precise) if isinstance(o, Tensor) else o, out)
 
 @patch
 def call(self:Walk, n):

@@ -14,6 +14,7 @@ from timm.models.fastvit import RepMixerBlock
 from torch import nn
 from torch.export import export
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torchvision.ops import FrozenBatchNorm2d
 import fasterfold.certify as room
 from fasterfold.affine import Affine
 from fasterfold.certify import Certificate, Table, Walk, certify
@@ -783,6 +784,42 @@ def test_shared_weights_and_zero_scales():
     for n in net.n: n.weight.data[2] = 0
     x = torch.randn(2, 3, 16, 16)
     proved(net, BN_Folder(verify=False).fold(net, x), x)
+
+class Computes(nn.Module):
+    "A norm that computes its scale and shift at every call, and reads its weight as `seen` does."
+    def __init__(self, seen=None):
+        super().__init__()
+        self.c,self.n,self.seen = nn.Conv2d(3, 64, 3, bias=False),FrozenBatchNorm2d(64),seen or (lambda w: w)
+        for b,lo,hi in ((self.n.weight,-1.5,1.5),(self.n.bias,-1,1),(self.n.running_mean,-1,1),(self.n.running_var,.3,2)): b.uniform_(lo, hi)
+    def forward(self, x):
+        n = self.n
+        s = self.seen(n.weight)*(n.running_var+n.eps).rsqrt()
+        return F.relu(self.c(x)*s.view(1, -1, 1, 1)+(n.bias-n.running_mean*s).view(1, -1, 1, 1))
+
+@pytest.mark.parametrize('dtype', [torch.float32,torch.float16,torch.bfloat16])
+def test_constants_that_are_computed(dtype):
+    "A fold rounds once; a norm that computes its scale at every call rounds at each step."
+    for m in (nn.Sequential(nn.Conv2d(3, 64, 3), FrozenBatchNorm2d(64), nn.ReLU()),Computes()):
+        m,x = m.eval().to(dtype),torch.randn(2, 3, 9, 9, dtype=dtype)
+        for n in m.modules():
+            if isinstance(n, FrozenBatchNorm2d): n.running_var.uniform_(.3, 2), n.weight.normal_(), n.bias.normal_()
+        new = BN_Folder().fold(m, x)
+        proved(m, new, x)
+        w = max(new.parameters(), key=torch.numel)
+        with torch.no_grad(): w.view(-1)[5] += w.abs().max()*max(1e-3, 8*torch.finfo(dtype).eps)
+        not_proved(m, new, x)
+
+SEEN = dict(type=lambda w: w.bfloat16().float(), whole=lambda w: (w*8).round()/8, cut=lambda w: w.div(.125, rounding_mode='floor')*.125, sign=torch.sign,
+    bits=lambda w: (w+0).view(torch.int32).bitwise_and(-65536).view(torch.float32), written=lambda w: (w*0).bfloat16().copy_(w).float(),
+    products=lambda w: (w.bfloat16()*.7).float()/.7)
+@pytest.mark.parametrize('seen', SEEN.values(), ids=SEEN)
+def test_what_a_model_rounds_away_is_its_own(seen):
+    "Steps that float64 takes as well are no rounding error."
+    a,x = Computes(seen).eval(),torch.randn(2, 3, 9, 9)
+    proved(a, copy.deepcopy(a), x)
+    b = copy.deepcopy(a)
+    b.seen = None
+    not_proved(a, b, x)
 
 def test_stored_weights():
     "A weight that is computed at every call, and the same, stored."
