@@ -1305,7 +1305,7 @@ class Certificate:
     why:str='' # Where and why it is not proved
     inputs:dict=field(default_factory=dict) # Name to type and sizes, of which those that are free have names; or to the value that an argument must have
     ranges:dict=field(default_factory=dict) # Name of a free size to what it may be
-    guards:list=field(default_factory=list) # Conditions of sizes that `torch.export` has both check besides
+    guards:list=field(default_factory=list) # Conditions of sizes that `torch.export` has both check besides, or one of them if they hold for all sizes that are worked out
     laws:dict=field(default_factory=dict) # Name of a law to how often it was used
     residue:float=0. # Largest difference of two numbers, in units of what rounding allows
     radius:float=0. # How far rounding may have moved the factors and shifts, at most
@@ -1422,7 +1422,6 @@ def _demands(w):
         except Undecided: res[n] = None
     return res
 
-
 # %% ../nbs/14_certify.ipynb #ce27007f
 _known = .1 # how far the maps of values may be off: those of real models in float32 have 5e-5 at most, in bfloat16 as much as .01
 
@@ -1431,13 +1430,14 @@ def _compared(original, folded):
     res,table = Certificate('not decided'),Table()
     (res.inputs,res.ranges),(inputs,ranges) = _take(original),_take(folded)
     guards = [[g for g in getattr(p, '_guards_code', []) if not re.fullmatch(_size+' != 1', g)] for p in (original,folded)] # of one, tensors have another layout
-    res.guards = [_in_names(g, res.inputs) for g in guards[0]]
+    res.guards,asked = ([_in_names(g, res.inputs) for g in gs] for gs in guards)
     if [*res.inputs.values()]!=[*inputs.values()] or str(original.call_spec)!=str(folded.call_spec):
         res.why = f"they do not take and return the same: {', '.join(res.inputs.values())} and {', '.join(inputs.values())}"
         return res,None
-    if extra := [g for g in guards[1] if g not in guards[0]]:
-        res.why = f"the folded program takes less than the original: it asks for {extra[0]}"
+    if (more := [g for g in asked if g not in res.guards]) and _left(res.ranges, more)!=(res.ranges,[]): # how tensors lie asks for what always holds
+        res.why = f"the folded program takes less than the original: it asks for {more[0]}"
         return res,None
+    res.guards += more
     if res.ranges and not all(hasattr(p, '_guards_code') for p in (original,folded)):
         res.why = "PyTorch before 2.9 does not tell what a program takes for granted of the sizes that are free"
         return res,None

@@ -645,6 +645,15 @@ def test_more_is_demanded():
     proved(*by_hand(demanding, demanding), x)
     proved(*by_hand(demanding, lambda m,x: x*1), x)
 
+@pytest.mark.parametrize('asks,always', [(lambda h,w: h*h+1!=3*w*w, True),(lambda h,w: h*h%3!=2, True),(lambda h,w: h*w!=35, False),
+    (lambda h,w: h%1000!=999, False),(lambda h,w: h*w<1_000_000, False)])
+def test_more_is_asked_of_sizes(asks, always):
+    "Of two sizes, an answer for all of them up to 1,024 is known."
+    a,b = by_hand(lambda m,x: x*1, lambda m,x: x*1 if asks(*x.shape[2:]) else x*2)
+    res = certify(a, b, torch.randn(2, 3, 9, 11))
+    assert (res.verdict,len(res.guards))==(('proved',1) if always else ('not decided',0)), res
+    if not always: assert 'takes less than the original' in res.why
+
 def test_rounding_is_no_difference():
     "Of a number that is zero but for rounding nothing can be told, and it is not said that two models differ."
     def f(m, x): return x.softmax(1).sum(1)
